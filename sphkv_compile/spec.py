@@ -1,0 +1,170 @@
+"""What a compressed cache is made of: tiers, the cache specification, and the arithmetic of its bytes.
+
+No tensor is touched here, so every other floor of the package may import this one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+PASSTHROUGH = 16
+"""Bits value that means *keep the model dtype*; exact, whatever the dtype's real width."""
+
+BITS = (2, 3, 4, 8, PASSTHROUGH)
+CODECS = ("axis_cosine", "pair_polar", "chain", "tree")
+POLICIES = ("keep_all",)
+
+
+@dataclass(frozen=True, order=True)
+class Tier:
+    """Precision class of a page: bits per key element and per value element.
+
+    Raises:
+        ValueError: a width outside 2, 3, 4, 8, 16.
+    """
+
+    k_bits: int
+    v_bits: int
+
+    def __post_init__(self) -> None:
+        for side, bits in (("k_bits", self.k_bits), ("v_bits", self.v_bits)):
+            if bits not in BITS:
+                nearest = min(BITS, key=lambda b: abs(b - bits)) if isinstance(bits, int) else 4
+                raise ValueError(f"{side}={bits!r}: expected one of {BITS}; the nearest is {nearest}")
+
+    def __str__(self) -> str:
+        return f"K{self.k_bits}V{self.v_bits}"
+
+    @classmethod
+    def parse(cls, text: str) -> Tier:
+        """``"K4V2"`` -> ``Tier(4, 2)``.
+
+        Raises:
+            ValueError: any other form.
+        """
+        found = re.fullmatch(r"[Kk](\d+)[Vv](\d+)", text.strip())
+        if not found:
+            raise ValueError(f"tier {text!r}: expected the form 'K4V2' (key bits, value bits)")
+        return cls(int(found[1]), int(found[2]))
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """How a KV cache is stored. One number suffices; every other field has a default that was measured.
+
+    Args:
+        bits: one width for keys and values, or ``(k_bits, v_bits)``; ``"K4V2"`` is understood too.
+        budget: bytes that the pages of one cache may occupy (``"512MiB"``, bytes as int, or a fraction of the
+            model dtype's bytes as float <= 1). With the ``keep_all`` policy it picks the widest tier that fits.
+        sink: first real tokens of a row, kept exact.
+        window: newest tokens, kept exact.
+        span: consecutive tokens that share one anchor and leave the window together.
+        page: tokens in a page.
+        codec: how a key's direction is coded.
+        policy: which tokens stay, and at which tier.
+        plan_every: steps between two plans.
+        seed: of the rotation's signs.
+        strict: raise where a site cannot be rewritten, instead of leaving it dense.
+
+    Raises:
+        ValueError: a value out of range; the message names the nearest valid one.
+        TypeError: an unknown key (:meth:`from_options`).
+    """
+
+    bits: int | str | tuple[int, int] | None = None
+    budget: int | float | str | None = None
+    sink: int = 4
+    window: int = 128
+    span: int = 128
+    page: int = 64
+    codec: str = "axis_cosine"
+    policy: str = "keep_all"
+    plan_every: int = 128
+    seed: int = 0
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits is not None and self.budget is not None:
+            raise ValueError("bits and budget both given: bits fixes the tier, a budget chooses it; give one")
+        for name, least in (("sink", 0), ("window", 0), ("span", 1), ("page", 1), ("plan_every", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r}: expected a whole number >= {least}; the nearest is {least}")
+        if self.span % self.page or self.span > 256:
+            raise ValueError(f"span={self.span}, page={self.page}: a span must be a whole number of pages, at most 256 tokens")
+        for name, known in (("codec", CODECS), ("policy", POLICIES)):
+            _one_of(name, getattr(self, name), known)
+        if self.budget is None:
+            _ = self.tier  # a bad width is named here, not at the first step
+        else:
+            parse_bytes(self.budget, dense=1)
+
+    @property
+    def tier(self) -> Tier:
+        """The tier that ``bits`` asks for; K4V4 when nothing was asked."""
+        bits = 4 if self.bits is None else self.bits
+        if isinstance(bits, str):
+            return Tier.parse(bits)
+        if isinstance(bits, int):
+            return Tier(bits, bits)
+        if isinstance(bits, (tuple, list)) and len(bits) == 2:
+            return Tier(*bits)
+        raise ValueError(f"bits={bits!r}: expected a width, a pair (k_bits, v_bits) or a form like 'K4V2'")
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> CacheSpec:
+        """A spec from ``torch.compile``'s ``options``.
+
+        Raises:
+            TypeError: an unknown key; the message names the nearest valid one.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in options:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+                raise TypeError(f"unknown option {key!r}; did you mean {near!r}? Valid: {', '.join(known)}")
+        return cls(**options)
+
+    @property
+    def uuid(self) -> str:
+        """Identity of the spec, for compile-cache keys and saved files."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.0)[0]
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(known)}; did you mean {near!r}?")
+
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def parse_bytes(value: int | float | str, dense: int) -> int:
+    """A budget in bytes.
+
+    Args:
+        value: bytes, a text with a unit (``"512MiB"``), or a float in (0, 1]: a fraction of ``dense``.
+        dense: bytes of the same cache in model dtype.
+
+    Raises:
+        ValueError: not positive, or not understood.
+    """
+    if isinstance(value, str):
+        found = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", value)
+        if not found or found[2].lower() not in _UNITS:
+            raise ValueError(f"budget {value!r}: expected bytes with a unit, such as '512MiB'")
+        value = int(float(found[1]) * _UNITS[found[2].lower()])
+    elif isinstance(value, float):
+        if not 0 < value <= 1:
+            raise ValueError(f"budget {value!r}: a float is a fraction of the dense bytes, in (0, 1]")
+        value = math.floor(value * dense)
+    if isinstance(value, bool) or value <= 0:
+        raise ValueError(f"budget {value!r}: expected a positive number of bytes")
+    return value
