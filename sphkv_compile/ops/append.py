@@ -1,0 +1,214 @@
+"""Append: new tokens enter the window exactly; a span that leaves it is encoded, once, from its exact values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sphkv_compile.codecs.scales import pair_scale
+from sphkv_compile.ops.pages import encode_span, write_pages
+from sphkv_compile.ops.read import decode_span
+from sphkv_compile.runtime.layout import Layout
+from sphkv_compile.runtime.state import BASE, FROZEN, LENGTH, SPANS, START, State
+
+
+def first_position(state: State, pos: Tensor | None, start: int | None, count: int) -> int:
+    """Absolute position of the first of ``count`` new tokens.
+
+    Raises:
+        ValueError: ``pos`` is not consecutive; nothing has been written.
+    """
+    base = int(state.rows[0, BASE])
+    if pos is None:
+        return base + start if start is not None else int(state.rows[0, LENGTH])
+    values = pos.tolist()
+    if values != list(range(values[0], values[0] + count)):
+        raise ValueError(
+            f"sphkv: the cache was written at positions {values[:8]}...; expected consecutive ones. "
+            "Write scattered positions in eager code, or compile that step with another backend."
+        )
+    return base + values[0]
+
+
+def visible(mask: Tensor) -> Tensor:
+    """Where a mask lets a query look: a bool mask as it is, an additive one where it is not (nearly) -inf."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+def real_starts(mask: Tensor | None, first: int, base: int, count: int, batch: int) -> list[int]:
+    """Position of each row's first real token among ``count`` new ones; -1 where all are padding.
+
+    A token is real when it may see itself. Shapes: ``mask`` [B or 1, heads or 1, T or 1, n].
+    """
+    if mask is None:
+        return [first] * batch
+    columns = torch.arange(first - base, first - base + count, device=mask.device)
+    rows = mask.expand(-1, -1, count, -1) if mask.shape[2] == 1 else mask
+    own = visible(rows.gather(-1, columns.view(1, 1, -1, 1).expand(*rows.shape[:2], -1, 1)).squeeze(-1)).any(1)
+    at = torch.where(own.any(-1), first + own.int().argmax(-1), -1)
+    return at.expand(batch).tolist() if at.shape[0] == 1 else at.tolist()
+
+
+def append(
+    state: State, layout: Layout, q: Tensor | None, k: Tensor, v: Tensor, first: int, starts: list[int]
+) -> None:
+    """Write tokens at positions ``first``..; what a row held at or after ``first`` is dropped.
+
+    Args:
+        q: queries of the new tokens, for the pair scale; None when only keys are known.
+        starts: each row's first real position, used where the row holds none yet.
+
+    Shapes: ``q`` [B, HQ, T, D], ``k`` [B, H, T, D], ``v`` [B, H, T, Dv].
+    """
+    rows, groups = state.rows.tolist(), {}
+    for b, row in enumerate(rows):
+        if row[START] < 0 or first <= row[START]:
+            row[START], row[SPANS], row[FROZEN] = starts[b], 0, 0
+            state.moments[b].zero_()
+            state.positions[b].fill_(-1)
+        groups.setdefault((row[START], row[SPANS], row[FROZEN]), []).append(b)
+    end = first + k.shape[2]
+    for (start, spans, frozen), members in groups.items():
+        if start >= 0:
+            spans, frozen = _append_rows(state, layout, _Rows(members, start, spans, frozen), q, k, v, first)
+        for b in members:
+            rows[b][START], rows[b][SPANS], rows[b][FROZEN] = start, spans, frozen
+            rows[b][LENGTH] = end
+    state.rows.copy_(torch.tensor(rows))
+
+
+class _Rows:
+    """Rows of a batch that share a start and a number of coded spans, so that they move in one step."""
+
+    def __init__(self, members: list[int], start: int, spans: int, frozen: int):
+        self.members, self.start, self.spans, self.frozen = members, start, spans, frozen
+        self.index = torch.tensor(members)
+
+    def of(self, x: Tensor) -> Tensor:
+        """Their part of a batched tensor; a view when it is the whole batch."""
+        return x if len(self.members) == x.shape[0] else x[self.index.to(x.device)]
+
+
+def _append_rows(
+    state: State, layout: Layout, rows: _Rows, q: Tensor | None, k: Tensor, v: Tensor, first: int
+) -> tuple[int, int]:
+    begin = rows.start + layout.sink  # where span 0 begins
+    end, ring = first + k.shape[2], layout.ring
+    skip = max(0, rows.start - first)  # padding in this chunk
+    k_new, v_new, from_ = rows.of(k)[:, :, skip:], rows.of(v)[:, :, skip:], first + skip
+    if q is not None and not rows.frozen:
+        _observe(state, layout, rows, rows.of(q)[:, :, skip:], from_)
+    _store(state, rows, k_new, v_new, torch.arange(from_, max(from_, min(begin, end))) - rows.start)
+
+    spans = rows.spans
+    if first < begin + spans * layout.span:
+        spans = _reopen(state, layout, rows, first)
+    coded = layout.coded_spans(end - rows.start)
+    if coded > spans:
+        at = begin + spans * layout.span
+        k_all, v_all = _exact_run(state, layout, rows, at, min(from_, end), k_new, v_new, from_)
+        frozen = _encode(state, layout, rows, k_all, v_all, spans, coded)
+    else:
+        frozen = rows.frozen
+    spans = max(spans, coded)
+    keep = min(end, max(from_, begin + spans * layout.span, end - ring))
+    slots = layout.sink + torch.arange(keep, end) % ring
+    _store(state, rows, k_new[:, :, keep - from_ :], v_new[:, :, keep - from_ :], slots)
+    return spans, frozen
+
+
+def _store(state: State, rows: _Rows, k: Tensor, v: Tensor, slots: Tensor) -> None:
+    """Exact tokens into their slots."""
+    count = slots.numel()
+    if not count:
+        return
+    slots = slots.to(k.device)
+    if len(rows.members) == state.exact_k.shape[0]:
+        state.exact_k[:, :, slots] = k[:, :, :count]
+        state.exact_v[:, :, slots] = v[:, :, :count]
+    else:
+        index = rows.index.to(k.device).view(-1, 1, 1), torch.arange(k.shape[1], device=k.device).view(1, -1, 1), slots
+        state.exact_k[index] = k[:, :, :count]
+        state.exact_v[index] = v[:, :, :count]
+
+
+def _exact_run(state, layout, rows, at: int, stop: int, k_new: Tensor, v_new: Tensor, from_: int):
+    """Exact keys and values of positions ``at``.. to the end: those in the ring, then the new ones."""
+    held = layout.sink + torch.arange(at, max(at, stop)) % layout.ring
+    skip = max(0, at - from_)
+    pairs = ((state.exact_k, k_new), (state.exact_v, v_new))
+    return tuple(torch.cat([rows.of(ring)[:, :, held.to(ring.device)], new[:, :, skip:]], 2) for ring, new in pairs)
+
+
+def _observe(state: State, layout: Layout, rows: _Rows, q: Tensor, first: int) -> None:
+    """Add the queries up to the one that completes the first span to the running second moment.
+
+    Later queries are left out, so that one-shot, chunked and token-by-token prefill learn the same scale.
+    """
+    upto = rows.start + layout.sink + layout.window + layout.span - first
+    q = q[:, :, : max(0, upto)]
+    if q.shape[2]:
+        b, hq, t, d = q.shape
+        h = state.moments.shape[1]
+        square = q.double().square().view(b, h, hq // h, t, d).sum((2, 3))
+        total = torch.cat([square, torch.full((b, h, 1), float(t * hq // h), dtype=torch.float64, device=q.device)], -1)
+        state.moments[rows.index.to(q.device)] += total
+
+
+def _encode(state: State, layout: Layout, rows: _Rows, k: Tensor, v: Tensor, spans: int, coded: int) -> int:
+    """Encode spans ``spans``..``coded`` from their exact values."""
+    new, (b, h, _, d) = coded - spans, k.shape
+    k = k[:, :, : new * layout.span].unflatten(2, (new, layout.span))
+    v = v[:, :, : new * layout.span].unflatten(2, (new, layout.span))
+    members, tier = rows.index.to(k.device), layout.tiers[0]
+    if not rows.frozen and spans == 0:
+        state.pair_scale[members] = _learn(state, layout, rows, k[:, :, 0])
+    scale = rows.of(state.pair_scale).unsqueeze(2)
+    pages, keys = encode_span(k, v, scale.expand(b, h, new, d), layout, tier)
+
+    total = state.anchors.shape[2]
+    slots = (torch.arange(spans, coded, device=k.device)) % total
+    keep = slots.numel() - min(new, total)  # a rolling window longer than one lap: the older spans are out of sight
+    place = (slots[keep:].unsqueeze(-1) * layout.pages_per_span + torch.arange(layout.pages_per_span, device=k.device)).flatten()
+    at = members.view(-1, 1, 1), torch.arange(h, device=k.device).view(1, -1, 1), place
+    offsets = state.table[at]
+    if bool((offsets < 0).any()):
+        raise RuntimeError("sphkv: no page is reserved for a span that leaves the window; the plan of this step was skipped")
+    write_pages(state, layout, tier, offsets, type(pages)(*(part[:, :, keep:].flatten(2, 3) for part in pages)))
+    origin = rows.start + layout.sink
+    tokens = torch.arange(origin + spans * layout.span, origin + coded * layout.span, dtype=torch.int32, device=k.device)
+    state.positions[at] = tokens[keep * layout.span :].view(1, 1, -1, layout.page)
+    state.tiers[at] = 0
+    if keys is not None:
+        at = (*at[:2], slots[keep:])
+        state.anchors[at] = keys.anchor[:, :, keep:]
+        state.span_scales[at] = torch.stack([keys.anchor_scale, keys.top], -1)[:, :, keep:].to(torch.bfloat16)
+    return 1
+
+
+def _learn(state: State, layout: Layout, rows: _Rows, k: Tensor) -> Tensor:
+    """The pair scale, from the first span's keys and the queries seen so far. Shapes: ``k`` [B, H, span, D]."""
+    k = k.double()
+    k_moment = (k - k.mean(2, keepdim=True)).square().mean(2)
+    seen = rows.of(state.moments)
+    count = seen[..., -1:]
+    q_moment = seen[..., :-1] / count if bool((count > 0).all()) else None
+    rope = None if layout.rope == "none" else layout.rope
+    return pair_scale(k_moment, q_moment, rope, layout.rotary_dim)
+
+
+def _reopen(state: State, layout: Layout, rows: _Rows, first: int) -> int:
+    """A write at ``first`` reached into coded spans: the spans before it stay, and of the one it cuts the older part
+    returns to the window, decoded. This is the one place where a code can be made from a decoded value."""
+    begin = rows.start + layout.sink
+    spans = max(0, (first - begin) // layout.span)
+    at = begin + spans * layout.span
+    if first > at:
+        for b in rows.members:
+            k, v = decode_span(state, layout, b, spans)
+            slots = layout.sink + torch.arange(at, first) % layout.ring
+            state.exact_k[b][:, slots] = k[:, : first - at].to(state.exact_k.dtype)
+            state.exact_v[b][:, slots] = v[:, : first - at].to(state.exact_v.dtype)
+    positions = rows.of(state.positions)
+    state.positions[rows.index.to(positions.device)] = torch.where(positions >= at, -1, positions)
+    return spans

@@ -1,0 +1,98 @@
+"""Reading and writing pages: bytes of the arena to and from the fields of a tier."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sphkv_compile.codecs.keys import KeySpan, encode_keys, radius_value
+from sphkv_compile.codecs.values import encode_values
+from sphkv_compile.runtime.layout import UNIT, Layout
+from sphkv_compile.runtime.state import State
+from sphkv_compile.spec import PASSTHROUGH, Tier
+
+
+class Pages(NamedTuple):
+    """Fields of some pages, still coded. Shapes: uint8[..., P, page, bytes of the field]."""
+
+    k: Tensor
+    v: Tensor
+    radius: Tensor
+    v_scale: Tensor
+    anchor: Tensor
+
+
+def _units(offsets: Tensor, count: int) -> Tensor:
+    return offsets.long().unsqueeze(-1) + torch.arange(count, device=offsets.device)
+
+
+def _itemsize(state: State) -> tuple[int, int]:
+    return state.exact_k.element_size(), state.exact_v.element_size()
+
+
+def read_pages(state: State, layout: Layout, tier: Tier, offsets: Tensor) -> Pages:
+    """Fields of the pages at ``offsets`` (int32[..., P]); an offset below zero reads the first page's bytes."""
+    dims = state.exact_k.shape[-1], state.exact_v.shape[-1], _itemsize(state)
+    fields, units = layout.fields(tier, *dims), layout.page_bytes(tier, *dims) // UNIT
+    raw = state.arena.view(-1, UNIT)[_units(offsets.clamp(min=0), units)].flatten(-2)
+    parts, at = [], 0
+    for width in fields.widths:
+        part = raw[..., at : at + width * layout.page]
+        parts.append(part.reshape(*offsets.shape, layout.page, width))
+        at += width * layout.page
+    return Pages(*parts)
+
+
+def write_pages(state: State, layout: Layout, tier: Tier, offsets: Tensor, pages: Pages) -> None:
+    """Store ``pages`` at ``offsets`` (int32[..., P])."""
+    dims = state.exact_k.shape[-1], state.exact_v.shape[-1], _itemsize(state)
+    units = layout.page_bytes(tier, *dims) // UNIT
+    raw = torch.cat([part.flatten(-2) for part in pages], dim=-1)
+    raw = torch.nn.functional.pad(raw, (0, units * UNIT - raw.shape[-1]))
+    state.arena.view(-1, UNIT)[_units(offsets, units)] = raw.unflatten(-1, (units, UNIT))
+
+
+def as_bytes(x: Tensor) -> Tensor:
+    """``x``[..., D] as uint8[..., D * itemsize]."""
+    return x.contiguous().view(torch.uint8)
+
+
+def encode_span(
+    k: Tensor, v: Tensor, pair_scale: Tensor, layout: Layout, tier: Tier
+) -> tuple[Pages, KeySpan | None]:
+    """One span's exact keys and values as the fields of its pages.
+
+    Shapes: ``k`` / ``v`` [..., span, D / Dv], ``pair_scale`` float32[..., D] -> fields uint8[..., pages, page, bytes].
+    """
+    lead, span = k.shape[:-2], k.shape[-2]
+    none = torch.empty(*lead, span, 0, dtype=torch.uint8, device=k.device)
+    coded = None
+    if tier.k_bits == PASSTHROUGH:
+        k_field, radius, anchor = as_bytes(k), none, none
+    else:
+        rot = layout.rotation(k.shape[-1], k.device)
+        lowest = min(t.k_bits for t in layout.tiers)
+        coded = encode_keys(k.float(), pair_scale, rot, layout.code, tier.k_bits, lowest_bits=lowest)
+        k_field, radius = coded.codes, coded.radius
+        anchor = torch.zeros(*lead, span, 1, dtype=torch.uint8, device=k.device)  # a page's tokens share its first span
+    if tier.v_bits == PASSTHROUGH:
+        v_field, v_scale = as_bytes(v), none
+    else:
+        v_field, scale = encode_values(v.float(), layout.rotation(v.shape[-1], v.device), tier.v_bits)
+        v_scale = as_bytes(scale.unsqueeze(-1))
+    parts = (part.unflatten(-2, (layout.pages_per_span, layout.page)) for part in (k_field, v_field, radius, v_scale, anchor))
+    return Pages(*parts), coded
+
+
+def span_slots(state: State, layout: Layout, positions: Tensor, starts: Tensor) -> Tensor:
+    """Which row of ``anchors`` belongs to each position. Shapes: ``positions`` [B, H, ...], ``starts`` [B] -> int64."""
+    starts = starts.view(-1, *[1] * (positions.dim() - 1))
+    count = max(1, state.anchors.shape[2])
+    return torch.div(positions - starts - layout.sink, layout.span, rounding_mode="floor").clamp(min=0) % count
+
+
+def radii(pages: Pages, tops: Tensor, bits: int) -> Tensor:
+    """Radius of each token. Shapes: ``tops`` float32[..., P, page] -> float32[..., P, page]."""
+    return radius_value(pages.radius, tops, bits)

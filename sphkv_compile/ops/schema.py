@@ -1,0 +1,116 @@
+"""The four operators that appear in graphs, their fake kernels, and the dispatch from arguments to code.
+
+* ``sphkv::sdpa``    a scaled-dot-product attention as it stood in the model, every argument positional
+* ``sphkv::attend``  attention over the coded cache and the new tokens; reads the state
+* ``sphkv::append``  the new tokens enter the state; follows its attend
+* ``sphkv::owned``   a use of a cache tensor whose data is held as codes; only our backend removes it
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sphkv_compile.ops import decode
+from sphkv_compile.ops.append import append as append_state
+from sphkv_compile.ops.append import first_position, real_starts
+from sphkv_compile.runtime.layout import Layout
+from sphkv_compile.runtime.state import BASE, STATE_FIELDS, State
+
+_DEVICES = ("CPU", "CUDA")
+_LIB = torch.library.Library("sphkv", "DEF")
+_STATE = ", ".join(f"Tensor {name}" for name in STATE_FIELDS)
+_MUTATED = ", ".join(f"Tensor({chr(97 + i)}!) {name}" for i, name in enumerate(STATE_FIELDS))
+
+_LIB.define(
+    "sdpa(Tensor q, Tensor k, Tensor v, Tensor? mask, float dropout_p, bool is_causal, float? scale, bool enable_gqa)"
+    " -> Tensor"
+)
+_LIB.define(
+    f"attend({_STATE}, Tensor q, Tensor k, Tensor v, Tensor? pos, SymInt? start, SymInt columns, Tensor? mask,"
+    " bool is_causal, float? scale, str layout, bool rolling) -> Tensor"
+)
+_LIB.define(
+    f"append({_MUTATED}, Tensor q, Tensor k, Tensor v, Tensor? pos, SymInt? start, Tensor? mask, str layout,"
+    " bool rolling) -> ()"
+)
+_LIB.define("owned(Tensor x) -> Tensor")
+
+sdpa = torch.ops.sphkv.sdpa.default
+attend = torch.ops.sphkv.attend.default
+append = torch.ops.sphkv.append.default
+owned = torch.ops.sphkv.owned.default
+
+_N = len(STATE_FIELDS)
+
+
+def _sdpa(q, k, v, mask, dropout_p, is_causal, scale, enable_gqa):
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+    return out.contiguous()
+
+
+def _place(state: State, pos, start, count: int, columns: int | None, rolling: bool) -> tuple[int, int]:
+    """Position of the first new token, and of column 0 once it is written.
+
+    Raises:
+        RuntimeError: a rolling window whose newest column is not where the dense buffer has it.
+    """
+    first, base = first_position(state, pos, start, count), int(state.rows[0, BASE])
+    if not rolling:
+        return first, base
+    if columns is not None and first - base != columns:
+        raise RuntimeError(f"sphkv: a full sliding window of {columns} columns was written after {first - base} tokens")
+    return first, base + 1
+
+
+def _attend(*args):
+    state = State(*args[:_N])
+    q, k, v, pos, start, columns, mask, is_causal, scale, layout, rolling = args[_N:]
+    first, base = _place(state, pos, start, k.shape[2], columns, rolling)
+    return decode.attend(state, Layout.parse(layout), q, k, v, first, base, columns, mask, is_causal, scale)
+
+
+def _append(*args):
+    state = State(*args[:_N])
+    q, k, v, pos, start, mask, layout, rolling = args[_N:]
+    first, base = _place(state, pos, start, k.shape[2], None, rolling)
+    starts = real_starts(mask, first, base, k.shape[2], k.shape[0])
+    append_state(state, Layout.parse(layout), q, k, v, first, starts)
+    state.rows[:, BASE] = base
+
+
+def _owned(x: Tensor) -> Tensor:
+    raise RuntimeError(
+        "sphkv: this KV cache is held as codes by sphkv_compile, and a graph of another backend reads it. Compile that "
+        "model with backend='sphkv' too, or touch the cache once in eager code (for instance cache.keys.sum()): that "
+        "decodes it."
+    )
+
+
+for _name, _kernel in (("sdpa", _sdpa), ("attend", _attend), ("append", _append), ("owned", _owned)):
+    for _device in _DEVICES:
+        _LIB.impl(_name, _kernel, _device)
+
+
+@torch.library.register_fake("sphkv::sdpa", lib=_LIB)
+def _(q, k, v, mask, dropout_p, is_causal, scale, enable_gqa):
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
+@torch.library.register_fake("sphkv::attend", lib=_LIB)
+def _(*args):
+    q, v = args[_N], args[_N + 2]
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
+@torch.library.register_fake("sphkv::append", lib=_LIB)
+def _(*args):
+    return None
+
+
+@torch.library.register_fake("sphkv::owned", lib=_LIB)
+def _(x):
+    return torch.empty_like(x)

@@ -1,0 +1,113 @@
+"""The tensors that hold one site's cache, under the names that the ops use.
+
+The order of the fields of :class:`State` is the order of the ops' state arguments.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sphkv_compile.runtime.layout import Layout
+
+START, LENGTH, SPANS, BASE, FROZEN = range(5)
+"""Columns of ``rows``: first real position, end position, coded spans, position of column 0, pair scale is fixed."""
+
+
+class State(NamedTuple):
+    """One site's cache.
+
+    Shapes: B rows, H kv heads, P pages, N spans, D / Dv head_dim of keys / values, R ring slots.
+
+    * ``arena`` uint8[bytes]: pages of every site of the cache.
+    * ``table`` int32[B, H, P]: a page's offset in the arena, in units of 64 bytes; -1 where none is reserved.
+    * ``tiers`` uint8[B, H, P]: a page's tier, an index into the layout's menu.
+    * ``positions`` int32[B, H, P, page]: the position that each slot holds; -1 where none.
+    * ``anchors`` int8[B, H, N, D]: each span's mean key, rotated and scaled.
+    * ``span_scales`` bfloat16[B, H, N, 2]: of the anchor row, and of the span's radii.
+    * ``exact_k`` / ``exact_v`` model dtype[B, H, sink + R, D]: sinks, then the window ring (position p at p mod R).
+    * ``pair_scale`` float32[B, H, D]: s of :mod:`sphkv_compile.codecs.scales`.
+    * ``moments`` float64[B, H, D + 1]: sum of q^2 per dimension, and the number of queries in it.
+    * ``rows`` int64[B, 5]: the counters named above.
+    """
+
+    arena: Tensor
+    table: Tensor
+    tiers: Tensor
+    positions: Tensor
+    anchors: Tensor
+    span_scales: Tensor
+    exact_k: Tensor
+    exact_v: Tensor
+    pair_scale: Tensor
+    moments: Tensor
+    rows: Tensor
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes that do not grow with the number of tokens: ring, sinks, scales, moments, counters."""
+        fixed = (self.exact_k, self.exact_v, self.pair_scale, self.moments, self.rows)
+        return sum(t.numel() * t.element_size() for t in fixed)
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes beside the pages that grow with the capacity: tables, positions, anchors."""
+        grown = (self.table, self.tiers, self.positions, self.anchors, self.span_scales)
+        return sum(t.numel() * t.element_size() for t in grown)
+
+
+STATE_FIELDS = State._fields
+
+
+class Geometry(NamedTuple):
+    """Shape of one site's dense cache. Shapes: K [batch, heads, capacity, k_dim], V [batch, heads, capacity, v_dim]."""
+
+    batch: int
+    heads: int
+    capacity: int
+    k_dim: int
+    v_dim: int
+    k_dtype: torch.dtype
+    v_dtype: torch.dtype
+    rolling: bool
+
+    @property
+    def itemsize(self) -> tuple[int, int]:
+        return self.k_dtype.itemsize, self.v_dtype.itemsize
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the dense cache."""
+        k, v = self.itemsize
+        return self.batch * self.heads * self.capacity * (self.k_dim * k + self.v_dim * v)
+
+
+def empty_state(layout: Layout, g: Geometry, arena: Tensor) -> State:
+    """A state that holds no token.
+
+    Every tensor is initialised: masked slots are read and multiplied by zero, and 0 * NaN is NaN.
+    """
+    spans = layout.spans(g.capacity, g.rolling)
+    pages, device, slots = spans * layout.pages_per_span, arena.device, layout.sink + layout.ring
+    head = (g.batch, g.heads)
+
+    def make(*shape: int, dtype: torch.dtype, fill: float = 0) -> Tensor:
+        return torch.full((*head, *shape), fill, dtype=dtype, device=device)
+
+    rows = torch.zeros(g.batch, 5, dtype=torch.int64, device=device)
+    rows[:, START] = -1
+    return State(
+        arena=arena,
+        table=make(pages, dtype=torch.int32, fill=-1),
+        tiers=make(pages, dtype=torch.uint8),
+        positions=make(pages, layout.page, dtype=torch.int32, fill=-1),
+        anchors=make(spans, g.k_dim, dtype=torch.int8),
+        span_scales=make(spans, 2, dtype=torch.bfloat16),
+        exact_k=make(slots, g.k_dim, dtype=g.k_dtype),
+        exact_v=make(slots, g.v_dim, dtype=g.v_dtype),
+        pair_scale=make(g.k_dim, dtype=torch.float32, fill=1),
+        moments=make(g.k_dim + 1, dtype=torch.float64),
+        rows=rows,
+    )
