@@ -97,7 +97,9 @@ class CacheSpec:
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}={value!r}: expected a whole number >= {least}; the nearest is {least}")
         if self.span % self.page or self.span > 256:
-            raise ValueError(f"span={self.span}, page={self.page}: a span must be a whole number of pages, at most 256 tokens")
+            raise ValueError(
+                f"span={self.span}, page={self.page}: a span must be a whole number of pages, at most 256 tokens"
+            )
         for name, known in (("codec", CODECS), ("policy", POLICIES)):
             _one_of(name, getattr(self, name), known)
         if self.budget is None:

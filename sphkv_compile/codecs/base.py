@@ -25,6 +25,9 @@ class Codec(ABC):
     identity: ClassVar[str]
     """The exact logit identity, as one line of mathematics; tests prove it with sympy."""
 
+    bound: ClassVar[str]
+    """The bound on the logit error dl that goes with the identity; see :mod:`sphkv_compile.codecs.bounds`."""
+
     @abstractmethod
     def code_bytes(self, dim: int, bits: int) -> int:
         """Bytes that one token's codes occupy."""

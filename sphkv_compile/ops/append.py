@@ -49,9 +49,7 @@ def real_starts(mask: Tensor | None, first: int, base: int, count: int, batch: i
     return at.expand(batch).tolist() if at.shape[0] == 1 else at.tolist()
 
 
-def append(
-    state: State, layout: Layout, q: Tensor | None, k: Tensor, v: Tensor, first: int, starts: list[int]
-) -> None:
+def append(state: State, layout: Layout, q: Tensor | None, k: Tensor, v: Tensor, first: int, starts: list[int]) -> None:
     """Write tokens at positions ``first``..; what a row held at or after ``first`` is dropped.
 
     Args:
@@ -169,14 +167,20 @@ def _encode(state: State, layout: Layout, rows: _Rows, k: Tensor, v: Tensor, spa
     total = state.anchors.shape[2]
     slots = (torch.arange(spans, coded, device=k.device)) % total
     keep = slots.numel() - min(new, total)  # a rolling window longer than one lap: the older spans are out of sight
-    place = (slots[keep:].unsqueeze(-1) * layout.pages_per_span + torch.arange(layout.pages_per_span, device=k.device)).flatten()
+    place = (
+        slots[keep:].unsqueeze(-1) * layout.pages_per_span + torch.arange(layout.pages_per_span, device=k.device)
+    ).flatten()
     at = members.view(-1, 1, 1), torch.arange(h, device=k.device).view(1, -1, 1), place
     offsets = state.table[at]
     if bool((offsets < 0).any()):
-        raise RuntimeError("sphkv: no page is reserved for a span that leaves the window; the plan of this step was skipped")
+        raise RuntimeError(
+            "sphkv: no page is reserved for a span that leaves the window; the plan of this step was skipped"
+        )
     write_pages(state, layout, tier, offsets, type(pages)(*(part[:, :, keep:].flatten(2, 3) for part in pages)))
     origin = rows.start + layout.sink
-    tokens = torch.arange(origin + spans * layout.span, origin + coded * layout.span, dtype=torch.int32, device=k.device)
+    tokens = torch.arange(
+        origin + spans * layout.span, origin + coded * layout.span, dtype=torch.int32, device=k.device
+    )
     state.positions[at] = tokens[keep * layout.span :].view(1, 1, -1, layout.page)
     state.tiers[at] = 0
     if keys is not None:

@@ -54,7 +54,9 @@ class Call:
             rows = torch.arange(self.offset, self.offset + t, device=column.device).unsqueeze(-1)
             seen = column[..., None, None, :] <= rows
         if self.mask is not None:
-            mask = _gather(self.mask[:, :, self.offset : self.offset + t] if self.mask.shape[2] > 1 else self.mask, column, h, g)
+            mask = _gather(
+                self.mask[:, :, self.offset : self.offset + t] if self.mask.shape[2] > 1 else self.mask, column, h, g
+            )
             if mask.dtype != torch.bool:
                 added = mask.float()
             else:
@@ -153,7 +155,9 @@ def _refuse_dropped(state: State, first: int, base: int, count: int, mask: Tenso
 
 def _add_pages(softmax: Softmax, call: Call, state: State, layout: Layout, first: int) -> None:
     b, h, g, t, d = call.q.shape
-    turned = rotate_query(call.q, state.pair_scale[:, :, None, None], layout.rotation(d, call.q.device)).reshape(b, h, g * t, d)
+    turned = rotate_query(call.q, state.pair_scale[:, :, None, None], layout.rotation(d, call.q.device)).reshape(
+        b, h, g * t, d
+    )
     anchors = state.anchors.float() * state.span_scales[..., :1].float()
     bias = turned @ anchors.mT  # [B, H, G*T, N]: q'.a' of every span, once
     used = min(state.table.shape[2], int(state.rows[:, SPANS].max()) * layout.pages_per_span)
@@ -179,7 +183,7 @@ def _coded(call, state, layout, tier: Tier, pages: slice, slots: Tensor, turned:
     fields = read_pages(state, layout, tier, state.table[:, :, pages])
     if tier.k_bits == PASSTHROUGH:
         keys = fields.k.contiguous().view(state.exact_k.dtype).float().flatten(2, 3)
-        logits = (call.q.reshape(b, h, g * t, d) @ keys.mT)
+        logits = call.q.reshape(b, h, g * t, d) @ keys.mT
     else:
         code = layout.code.decode(fields.k.flatten(2, 3), d, tier.k_bits)
         flat = slots.flatten(2)
@@ -208,7 +212,9 @@ def _add_exact(softmax: Softmax, call: Call, state: State, layout: Layout, first
     position = torch.full((len(rows), slots), -1, dtype=torch.int64)
     for b, row in enumerate(rows):
         if row[START] >= 0:
-            at, slot = exact_positions(layout, row[START], min(row[LENGTH], first), row[SPANS], row[START] + layout.sink)
+            at, slot = exact_positions(
+                layout, row[START], min(row[LENGTH], first), row[SPANS], row[START] + layout.sink
+            )
             position[b, slot] = at
     position = position.to(call.q.device)
     column = position - call.base

@@ -1,7 +1,98 @@
-"""Which code serves an ``attend``: the fused decode kernel where it can, the block-wise path otherwise."""
+"""Which code serves an ``attend`` or ``append``: the fused decode kernel where it can, the block-wise path otherwise."""
 
 from __future__ import annotations
 
-from sphkv_compile.ops.attend import attend
+import warnings
+from functools import lru_cache
 
-__all__ = ["attend"]
+import torch
+from torch import Tensor
+
+from sphkv_compile.kernels.cpu import binding
+from sphkv_compile.ops import attend as blockwise
+from sphkv_compile.ops.append import append as append_blockwise
+from sphkv_compile.runtime.layout import UNIT, Layout
+from sphkv_compile.runtime.state import Geometry, State, empty_state
+from sphkv_compile.spec import Tier
+
+__all__ = ["append_in_window", "attend"]
+
+ROWS = 32
+"""Query rows of one kv head (its query heads times the new tokens) up to which the fused kernel serves."""
+_OVERREAD = 32
+"""Bytes past a token's codes that the kernel may read: a page must have that much behind them."""
+
+
+def attend(
+    state: State,
+    layout: Layout,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: int,
+    base: int,
+    columns: int,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """Same arguments, shapes and result as :func:`sphkv_compile.ops.reference.attend_reference`."""
+    arguments = state, layout, q, k, v, first, base, columns, mask, is_causal, scale
+    if _served(q, k, v, mask, layout) and (library := _checked_library()) is not None:
+        out = binding.attend(library, *arguments)
+        if out is not None:
+            return out
+    return blockwise.attend(*arguments)  # and a mask that shows dropped slots is refused there
+
+
+def _served(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, layout: Layout) -> bool:
+    """Whether the fused kernel is made for such a call."""
+    types = binding.TYPES
+    return (
+        q.shape[1] * q.shape[2] <= ROWS * k.shape[1]
+        and q.device.type == "cpu"
+        and layout.codec == "axis_cosine"
+        and layout.page * 2 >= _OVERREAD
+        and q.shape[3] % 8 == v.shape[3] % 8 == 0
+        and q.dtype in types
+        and k.dtype in types
+        and v.dtype in types
+        and (mask is None or (mask.dim() == 4 and (mask.dtype == torch.bool or mask.dtype in types)))
+    )
+
+
+@lru_cache(None)
+def _checked_library() -> binding.Library | None:
+    """The fused kernel once it has agreed with the block-wise path on this machine; None, with one warning, if not."""
+    library = binding.library()
+    if library is None:
+        return None
+    worst = max(_disagreement(library, tier) for tier in (Tier(4, 8), Tier(3, 2)))
+    if worst < _SAME:
+        return library
+    warnings.warn(
+        f"sphkv: the fused CPU decode kernel differs from the block-wise path by {worst:.3g} of the largest output, "
+        f"expected less than {_SAME}: it was built wrongly on this machine, and the slower path serves.",
+        stacklevel=4,
+    )
+    return None
+
+
+_SAME = 1e-4
+"""float32 rounding is a hundred times less, a wrong level or a wrong token a hundred times more."""
+
+
+def _disagreement(library: binding.Library, tier: Tier) -> float:
+    """Largest difference of the two paths on a small coded cache, relative to the largest output."""
+    layout = Layout("axis_cosine", (tier,), sink=4, window=8, span=64, page=32, seed=0)
+    shape = Geometry(1, 1, 160, 64, 64, torch.float32, torch.float32, False)
+    pages, size = layout.spans(160, False) * layout.pages_per_span, layout.page_bytes(tier, 64, 64, (4, 4))
+    state = empty_state(layout, shape, torch.zeros(pages * size, dtype=torch.uint8))
+    state.table.copy_(torch.arange(pages, dtype=torch.int32) * (size // UNIT))
+    wave = torch.arange(4 * 160 * 64).double().mul(0.7).sin().mul(3).float().view(4, 1, 160, 64)
+    q, k, v = wave[:2].transpose(0, 1), wave[2:3], wave[3:4]
+    append_blockwise(state, layout, q[:, :, :150], k[:, :, :150], v[:, :, :150], 0, [0])
+    new = (x[:, :, 150:152] for x in (q, k, v))
+    arguments = state, layout, *new, 150, 0, 160, None, False, None
+    expected, found = blockwise.attend(*arguments), binding.attend(library, *arguments)
+    return float((found - expected).abs().max() / expected.abs().max())

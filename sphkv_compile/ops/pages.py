@@ -59,9 +59,7 @@ def as_bytes(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.uint8)
 
 
-def encode_span(
-    k: Tensor, v: Tensor, pair_scale: Tensor, layout: Layout, tier: Tier
-) -> tuple[Pages, KeySpan | None]:
+def encode_span(k: Tensor, v: Tensor, pair_scale: Tensor, layout: Layout, tier: Tier) -> tuple[Pages, KeySpan | None]:
     """One span's exact keys and values as the fields of its pages.
 
     Shapes: ``k`` / ``v`` [..., span, D / Dv], ``pair_scale`` float32[..., D] -> fields uint8[..., pages, page, bytes].
@@ -82,7 +80,9 @@ def encode_span(
     else:
         v_field, scale = encode_values(v.float(), layout.rotation(v.shape[-1], v.device), tier.v_bits)
         v_scale = as_bytes(scale.unsqueeze(-1))
-    parts = (part.unflatten(-2, (layout.pages_per_span, layout.page)) for part in (k_field, v_field, radius, v_scale, anchor))
+    parts = (
+        part.unflatten(-2, (layout.pages_per_span, layout.page)) for part in (k_field, v_field, radius, v_scale, anchor)
+    )
     return Pages(*parts), coded
 
 

@@ -9,7 +9,7 @@ from sphkv_compile.codecs.keys import KeySpan, decode_keys
 from sphkv_compile.codecs.values import decode_values
 from sphkv_compile.ops.pages import Pages, read_pages, span_slots
 from sphkv_compile.runtime.layout import Layout
-from sphkv_compile.runtime.state import BASE, LENGTH, SPANS, START, State
+from sphkv_compile.runtime.state import BASE, START, State
 from sphkv_compile.spec import PASSTHROUGH, Tier
 
 
@@ -29,9 +29,7 @@ def decode_pages(
         anchor = state.anchors.gather(2, flat.unsqueeze(-1).expand(*flat.shape, k_dim)).view(*slots.shape, k_dim)
         scales = state.span_scales.gather(2, flat.unsqueeze(-1).expand(*flat.shape, 2)).view(*slots.shape, 2).float()
         # One token is a span of one here: each carries its own anchor row and radius maximum.
-        token = KeySpan(
-            pages.k.unsqueeze(-2), pages.radius.unsqueeze(-2), scales[..., 1], anchor, scales[..., 0]
-        )
+        token = KeySpan(pages.k.unsqueeze(-2), pages.radius.unsqueeze(-2), scales[..., 1], anchor, scales[..., 0])
         rot = layout.rotation(k_dim, state.exact_k.device)
         scale = pair_scale[:, :, None, None]
         k = decode_keys(token, k_dim, scale, rot, layout.code, tier.k_bits).squeeze(-2)
@@ -74,7 +72,9 @@ def _decode(state: State, layout: Layout, starts: Tensor) -> tuple[Tensor, Tenso
     return k, v
 
 
-def dense(state: State, layout: Layout, columns: int, base: int | None = None, block: int = 16) -> tuple[Tensor, Tensor]:
+def dense(
+    state: State, layout: Layout, columns: int, base: int | None = None, block: int = 16
+) -> tuple[Tensor, Tensor]:
     """The cache as dense tensors: what the user's own buffers would hold, up to the codes' error.
 
     Args:

@@ -24,8 +24,8 @@ _STATE = ", ".join(f"Tensor {name}" for name in STATE_FIELDS)
 _MUTATED = ", ".join(f"Tensor({chr(97 + i)}!) {name}" for i, name in enumerate(STATE_FIELDS))
 
 _LIB.define(
-    "sdpa(Tensor q, Tensor k, Tensor v, Tensor? mask, float dropout_p, bool is_causal, float? scale, bool enable_gqa)"
-    " -> Tensor"
+    "sdpa(Tensor q, Tensor k, Tensor v, Tensor? mask, float dropout_p, bool is_causal, float? scale, bool enable_gqa,"
+    " SymInt? columns=None) -> Tensor"
 )
 _LIB.define(
     f"attend({_STATE}, Tensor q, Tensor k, Tensor v, Tensor? pos, SymInt? start, SymInt columns, Tensor? mask,"
@@ -45,7 +45,8 @@ owned = torch.ops.sphkv.owned.default
 _N = len(STATE_FIELDS)
 
 
-def _sdpa(q, k, v, mask, dropout_p, is_causal, scale, enable_gqa):
+def _sdpa(q, k, v, mask, dropout_p, is_causal, scale, enable_gqa, columns=None):
+    k, v = k[:, :, :columns], v[:, :, :columns]
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
     )
@@ -96,7 +97,7 @@ for _name, _kernel in (("sdpa", _sdpa), ("attend", _attend), ("append", _append)
 
 
 @torch.library.register_fake("sphkv::sdpa", lib=_LIB)
-def _(q, k, v, mask, dropout_p, is_causal, scale, enable_gqa):
+def _(q, k, v, mask, dropout_p, is_causal, scale, enable_gqa, columns=None):
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 

@@ -1,0 +1,10 @@
+"""Retention policies, one per file."""
+
+from __future__ import annotations
+
+from sphkv_compile.policies.base import DROP, Held, Policy
+from sphkv_compile.policies.keep_all import KeepAll
+
+POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (KeepAll,)}
+
+__all__ = ["DROP", "POLICIES", "Held", "KeepAll", "Policy"]

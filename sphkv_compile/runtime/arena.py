@@ -78,7 +78,9 @@ class Arena:
         fitting = [size for size, pages in self.free_pages.items() if size > units and pages]
         if not fitting:
             free = self.nbytes - self.used
-            raise ArenaFull(f"arena of {self.nbytes} bytes: a page of {units * UNIT} bytes does not fit ({free} bytes are free)")
+            raise ArenaFull(
+                f"arena of {self.nbytes} bytes: a page of {units * UNIT} bytes does not fit ({free} bytes are free)"
+            )
         size = min(fitting)
         offset = self.free_pages[size].pop()
         self.free_pages[size - units].append(offset + units)

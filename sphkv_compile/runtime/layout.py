@@ -45,9 +45,7 @@ class Layout:
     @classmethod
     def of(cls, spec: CacheSpec, rope: str = "none", rotary_dim: int = 0) -> Layout:
         """The layout that a spec asks for at a site whose rotary embedding was recognised as ``rope``."""
-        return cls(
-            spec.codec, (spec.tier,), spec.sink, spec.window, spec.span, spec.page, spec.seed, rope, rotary_dim
-        )
+        return cls(spec.codec, (spec.tier,), spec.sink, spec.window, spec.span, spec.page, spec.seed, rope, rotary_dim)
 
     def __str__(self) -> str:
         menu = "/".join(map(str, self.tiers))
@@ -55,6 +53,12 @@ class Layout:
             f"{self.codec} {menu} sink={self.sink} window={self.window} span={self.span} page={self.page} "
             f"seed={self.seed} rope={self.rope}:{self.rotary_dim}"
         )
+
+    @property
+    def summary(self) -> str:
+        """The part that differs between sites: the menu and the rotary embedding."""
+        rope = "no RoPE" if self.rope == "none" else f"{self.rope} RoPE {self.rotary_dim}"
+        return f"{'/'.join(map(str, self.tiers))}, {rope}"
 
     @classmethod
     @lru_cache(None)

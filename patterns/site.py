@@ -1,0 +1,183 @@
+"""What a match is: one attention over one KV cache, everything that a rewrite needs, and the reasons for saying no."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._inductor.pattern_matcher import MULTIPLE, CallFunction, KeywordArg, Match, PatternExpr
+from torch.fx import Node
+
+from sphkv_compile.codecs.rotation import rotation
+from sphkv_compile.ops import schema
+
+aten = torch.ops.aten
+
+REFUSALS: dict[str, str] = {
+    "grad_mode": "autograd is on; codes are for inference (use torch.no_grad or torch.inference_mode)",
+    "not_sdpa": "attention is written as matmul and softmax (soft cap, learned sinks, attn_implementation='eager')",
+    "no_cache_write": "K and V do not come from a cache: plain attention, or the first prefill of a growing cache",
+    "unknown_write": "K and V come from an operation that no idiom describes (unknown window, latent or quantised cache)",
+    "dropout": "dropout_p is not zero",
+    "head_counts": "query heads are not a whole multiple of the cache's heads",
+    "head_dim": "no rotation is known for this head_dim",
+    "dtype": "the cache is not float32, float16 or bfloat16",
+    "shared_buffer": "K and V are one tensor",
+    "not_an_input": "the cache is computed inside the graph, so it cannot be replaced by codes",
+    "not_stored": "the write is not stored back to the cache whole, exactly once",
+    "other_readers": "something besides this attention reads the cache",
+    "value_shape": "the written value is broadcast or has another dtype",
+    "unmasked_slots": "no mask hides the slots after the newest token",
+    "scattered": "several tokens are written at positions that are not provably consecutive",
+    "shared_storage": "K and V share memory with each other or with another tensor, which freeing would break",
+}
+"""Why a site stays dense: code -> sentence. The README's table is generated from this."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A reason for leaving a site dense.
+
+    Args:
+        code: a key of :data:`REFUSALS`.
+        detail: the node or number at fault.
+    """
+
+    code: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return REFUSALS[self.code] + (f" [{self.detail}]" if self.detail else "")
+
+
+@dataclass
+class Site:
+    """One attention over one KV cache.
+
+    Args:
+        node: the marker ``sphkv.sdpa``.
+        pos: node of the int64[T] columns written, or None.
+        start: first column written, where a slice says it; a node or an int.
+        columns: how many columns the attention reads.
+        rolling: each write shifts the columns by one.
+        stores: nodes that put the written buffers back; they die with the dense write.
+        outputs: where the written buffers are graph outputs instead.
+
+    Shapes: ``q`` [B, HQ, T, D], ``k`` [B, H, T, D], ``v`` [B, H, T, Dv], ``k_buf`` [B, H, L, D], ``v_buf`` [B, H, L, Dv].
+    """
+
+    idiom: str
+    node: Node
+    q: Node
+    k: Node
+    v: Node
+    k_buf: Node
+    v_buf: Node
+    mask: Node | None
+    is_causal: bool
+    scale: float | None
+    pos: Node | None = None
+    start: Node | int | None = None
+    columns: Node | int | None = None
+    rolling: bool = False
+    stores: tuple[Node, ...] = ()
+    outputs: tuple[Node, ...] = ()
+    rope: tuple[str, int] = ("none", 0)
+
+
+def attention(k: PatternExpr, v: PatternExpr) -> CallFunction:
+    """The normalised attention whose keys and values are ``k`` and ``v``; every argument is captured."""
+    names = ("mask", "dropout_p", "is_causal", "scale", "enable_gqa", "columns")
+    return CallFunction(schema.sdpa, KeywordArg("q"), k, v, *map(KeywordArg, names), _users=MULTIPLE)
+
+
+def call(target: Any, *args: Any) -> CallFunction:
+    """An inner node of a pattern, with any number of users: who else may read it is for ``check`` to say."""
+    return CallFunction(target, *args, _users=MULTIPLE)
+
+
+def base_site(idiom: str, match: Match, **extra: Any) -> Site:
+    """A site from what every pattern captures."""
+    c = match.kwargs
+    return Site(
+        idiom, match.output_node(), c["q"], c["k"], c["v"], c["k_buf"], c["v_buf"],
+        c["mask"], c["is_causal"], c["scale"], columns=c["columns"], **extra,
+    )  # fmt: skip
+
+
+def writes(match: Match) -> tuple[Node, Node]:
+    """The nodes that the attention reads as keys and values."""
+    return match.output_node().args[1], match.output_node().args[2]
+
+
+def shape(node: Node) -> torch.Size:
+    return node.meta["val"].shape
+
+
+def check_attention(match: Match) -> Refusal | None:
+    """The conditions on the attention itself, whatever the idiom."""
+    c = match.kwargs
+    k_buf, v_buf, q = c["k_buf"], c["v_buf"], c["q"]
+    if c["dropout_p"] != 0:
+        return Refusal("dropout", f"dropout_p={c['dropout_p']}")
+    if k_buf is v_buf:
+        return Refusal("shared_buffer", k_buf.name)
+    for buf in (k_buf, v_buf):
+        if buf.op != "placeholder":
+            return Refusal("not_an_input", buf.name)
+        if buf.meta["val"].dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return Refusal("dtype", str(buf.meta["val"].dtype))
+    heads, group_heads = shape(k_buf)[1], shape(q)[1]
+    if shape(v_buf)[1] != heads or group_heads % heads or (group_heads != heads and not c["enable_gqa"]):
+        return Refusal("head_counts", f"{group_heads} query heads, {heads} and {shape(v_buf)[1]} in the cache")
+    for buf in (k_buf, v_buf):
+        dim = shape(buf)[-1]
+        try:
+            rotation(dim)
+        except ValueError as error:
+            return Refusal("head_dim", str(error))
+        if dim % 8:
+            return Refusal("head_dim", f"{dim} is no multiple of 8")
+    return _check_values(match)
+
+
+def _check_values(match: Match) -> Refusal | None:
+    """The written values must be the whole new tokens, in the cache's dtype."""
+    c = match.kwargs
+    for value, buf in ((c["k"], c["k_buf"]), (c["v"], c["v_buf"])):
+        b, h, _, d = shape(buf)
+        have = value.meta["val"]
+        whole = have.dim() == 4 and have.shape[0] == b and have.shape[1] == h and have.shape[3] == d
+        squeezed = have.dim() < 4 and have.shape[-1] == d and have.numel() == b * h * d * tokens(match)
+        if have.dtype != buf.meta["val"].dtype or not (whole or squeezed):
+            return Refusal("value_shape", f"{value.name}: {have.dtype} {list(have.shape)}")
+    return None
+
+
+def tokens(match: Match) -> Any:
+    """New tokens of this step: queries and written values agree on it."""
+    return shape(match.kwargs["q"])[2]
+
+
+def check_stored(match: Match, allowed: dict[Node, tuple[Node, ...]] | None = None) -> Refusal | None:
+    """Each write goes back to its buffer by exactly one ``copy_``, and nobody else reads buffer or write.
+
+    Args:
+        allowed: further readers of a buffer that the idiom itself brings.
+    """
+    node = match.output_node()
+    for buf, write in zip((match.kwargs["k_buf"], match.kwargs["v_buf"]), writes(match)):
+        stores = [u for u in buf.users if u.target is aten.copy_.default and u.args[0] is buf]
+        if len(stores) != 1 or stores[0].args[1] is not write:
+            return Refusal("not_stored", buf.name)
+        known = {write, stores[0], node, *(allowed or {}).get(buf, ())}
+        if others := {*buf.users, *write.users} - known:
+            return Refusal("other_readers", f"{buf.name}: {', '.join(sorted(n.name for n in others))}")
+    return None
+
+
+def stores(match: Match) -> tuple[Node, ...]:
+    """The ``copy_`` nodes that :func:`check_stored` proved."""
+    bufs = match.kwargs["k_buf"], match.kwargs["v_buf"]
+    return tuple(u for buf in bufs for u in buf.users if u.target is aten.copy_.default and u.args[0] is buf)

@@ -1,0 +1,124 @@
+"""The backend: from Dynamo's graph to a callable that keeps its KV cache as spherical codes.
+
+    lift -> AOTAutograd -> normalize -> match -> rewrite -> verify -> Inductor -> runner
+
+Everything before Inductor is pure: Dynamo may call the backend twice for one frame.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from sphkv_compile.lowering import compat
+from sphkv_compile.passes.lift import lift, strip_owned
+from sphkv_compile.passes.match import Verdict, match
+from sphkv_compile.passes.normalize import normalize
+from sphkv_compile.passes.prologue import prologue_of, snapshot, token_counter
+from sphkv_compile.passes.rewrite import rewrite
+from sphkv_compile.passes.verify import verify
+from sphkv_compile.patterns import Refusal
+from sphkv_compile.runtime import log
+from sphkv_compile.runtime.runner import Runner, release_others
+from sphkv_compile.spec import CacheSpec
+
+
+class SiteRefused(RuntimeError):
+    """Raised under ``strict=True`` where a site stays dense."""
+
+
+def backend(gm: GraphModule, example_inputs: list, *, mode: str | None = None, options: dict | None = None) -> Callable:
+    """Compile ``gm`` with Inductor, its KV caches stored as spherical codes.
+
+    Use as ``torch.compile(model, backend=sphkv_compile.backend, options={"bits": 4})``, or by name,
+    ``backend="sphkv"``.
+
+    Args:
+        mode: as for Inductor (``"reduce-overhead"``, ``"max-autotune"``, ...).
+        options: fields of :class:`sphkv_compile.CacheSpec`; ``"inductor"`` may hold Inductor's own options.
+
+    Raises:
+        TypeError: an unknown option; ValueError: a value out of range; SiteRefused: under ``strict=True``.
+    """
+    options = dict(options or {})
+    patches = {**compat.mode_patches(mode), **options.pop("inductor", {}), **compat.PATCHES}
+    spec = CacheSpec.from_options(options)
+    strip_owned(gm)
+    grad = torch.is_grad_enabled()
+    if not grad:
+        lift(gm)
+    inner = functools.partial(compile_inner, spec=spec, grad=grad)
+    with compat.functorch_patches():
+        return compat.compile_fx(gm, example_inputs, inner_compile=inner, config_patches=patches)
+
+
+def compile_inner(gm: GraphModule, example_inputs: list, *, spec: CacheSpec, grad: bool, **kwargs: Any) -> Callable:
+    """The part that sees AOTAutograd's functional graph; stands in for ``compile_fx_inner``."""
+    before = log.graph_text(gm)
+    verdicts = [] if grad else _verdicts(gm)
+    if grad:
+        verdicts = [Verdict(n.name, "", refusal=Refusal("grad_mode")) for n in _dense_attention(gm)]
+    sites = [v.site for v in verdicts if v.site]
+    lookout = _lookout(gm, sites)
+    if not sites:
+        log.compiled(verdicts, spec, before, before)
+        _require(spec, verdicts)
+        run = compat.compile_fx_inner(gm, example_inputs, **kwargs)
+        return _guarding(run, lookout)
+    dense, prologue, count = snapshot(gm), prologue_of(gm, sites), token_counter(gm, sites[0])
+    rewritten = rewrite(gm, sites, spec)
+    verify(gm, rewritten)
+    log.compiled(verdicts, spec, before, log.graph_text(gm), rewritten)
+    _require(spec, verdicts)
+    inputs = [example_inputs[i] for i in rewritten.kept] + rewritten.state_inputs
+    if "static_input_idxs" in kwargs:
+        kwargs["static_input_idxs"] = _static_inputs(kwargs["static_input_idxs"], rewritten)
+    run = compat.compile_fx_inner(gm, inputs, **kwargs)
+    return Runner(run, dense, prologue, rewritten, count, lookout, spec)
+
+
+def _verdicts(gm: GraphModule) -> list[Verdict]:
+    normalize(gm)
+    return match(gm)
+
+
+def _dense_attention(gm: GraphModule) -> list:
+    return [n for n in gm.graph.nodes if "scaled_dot_product" in str(n.target)]
+
+
+def _require(spec: CacheSpec, verdicts: list[Verdict]) -> None:
+    refused = [v for v in verdicts if v.refusal]
+    if spec.strict and refused:
+        lines = "\n".join(f"  {v.node} ({v.source or 'no source line'}): {v.refusal}" for v in refused)
+        raise SiteRefused(f"strict=True, and {len(refused)} of {len(verdicts)} attentions stay dense:\n{lines}")
+
+
+def _lookout(gm: GraphModule, sites: list) -> list[int]:
+    """Inputs that could be some other graph's cache: 4-D tensors that no site of this graph takes over."""
+    taken = {buf for site in sites for buf in (site.k_buf, site.v_buf)}
+    inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    return [i for i, n in enumerate(inputs) if n not in taken and getattr(n.meta.get("val"), "ndim", 0) == 4]
+
+
+def _guarding(run: Callable, lookout: list[int]) -> Callable:
+    if not lookout:
+        return run
+
+    def guarded(args: list) -> Any:
+        release_others(args, lookout)
+        return run(args)
+
+    guarded._boxed_call = True
+    return guarded
+
+
+def _static_inputs(static: Any, rewritten: Any) -> list[int]:
+    """Positions of inputs whose address never changes, in the rewritten calling convention."""
+    new = {old: i for i, old in enumerate(rewritten.kept)}
+    state = range(len(rewritten.kept), len(rewritten.kept) + len(rewritten.state_inputs))
+    fixed = [] if rewritten.bindings[0].outputs else list(state)
+    return [new[i] for i in static if i in new] + fixed

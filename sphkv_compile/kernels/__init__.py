@@ -1,0 +1,1 @@
+"""Kernels: the code that is fast, one folder per kind of device."""

@@ -1,0 +1,1 @@
+"""The fused decode kernel of a CPU: ``decode.cpp``, and ``binding`` that builds and calls it."""

@@ -1,0 +1,154 @@
+"""Builds ``decode.cpp`` with Inductor's own compiler and cache, and calls it on a state's memory.
+
+A call passes one packed structure of addresses and numbers: what is the same at each step of a site is packed once,
+the rest costs a few microseconds. The library is built at the first call on a machine, and found on disk afterwards.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import struct
+import warnings
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sphkv_compile.codecs.codebook import levels
+from sphkv_compile.runtime.layout import Layout
+from sphkv_compile.runtime.state import State
+
+SOURCE = Path(__file__).with_name("decode.cpp")
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Dtypes of keys, values, queries and additive masks, as the kernel numbers them."""
+_BOOL, _NONE = 3, 4
+
+# Inductor turns both off for its own kernels: there it vectorises by hand, and wants eager's rounding.
+_FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast")
+
+_ATTEND = struct.Struct("=15q12q14q5q11qd")
+_APPEND = struct.Struct("=8q18q5q")
+
+
+class Library(NamedTuple):
+    """Entry points of the built library; each takes one packed structure and returns 0 when it did its work."""
+
+    attend: Callable[[bytes], int]
+    append: Callable[[bytes], int]
+
+
+@lru_cache(None)
+def library() -> Library | None:
+    """The built library; None, after one warning, where it cannot be built."""
+    from torch._inductor.codecache import CppCodeCache  # a second of imports: only who decodes on a CPU pays it
+
+    try:
+        built = CppCodeCache.load(SOURCE.read_text(), "cpu", extra_flags=_FLAGS)
+    except Exception as problem:  # no compiler, no headers, no writable cache: each has an exception of its own
+        reason = f"{type(problem).__name__}: {str(problem).strip()[:500]}"
+        warnings.warn(f"sphkv: the fused CPU decode kernel was not built, the slower path serves: {reason}", stacklevel=3)
+        return None
+    for name in ("sphkv_attend", "sphkv_append"):
+        entry = getattr(built, name)
+        entry.argtypes, entry.restype = [ctypes.c_char_p], ctypes.c_int64
+    return Library(built.sphkv_attend, built.sphkv_append)
+
+
+@lru_cache(None)
+def _codebooks() -> tuple[Tensor, Tensor]:
+    """Levels at 2, 3, 4 bits, 16 each, and at 8 bits; and the bytes of the former, gathered by their place in a float.
+
+    Shapes: -> float32[48 + 256], uint8[3, 4, 16].
+    """
+    narrow = torch.zeros(3, 16)
+    for row, bits in zip(narrow, (2, 3, 4)):
+        row[: 2**bits] = levels(bits)
+    planes = narrow.view(torch.uint8).view(3, 16, 4).mT.contiguous()
+    return torch.cat([narrow.flatten(), levels(8)]), planes
+
+
+@lru_cache(None)
+def _constants(layout: Layout, k_dim: int, v_dim: int, k_dtype: torch.dtype, v_dtype: torch.dtype):
+    """What ``Attend`` holds from ``cache_k_type`` on, and the tensors whose addresses it names."""
+    menu = torch.tensor([(tier.k_bits, tier.v_bits) for tier in layout.tiers], dtype=torch.int64)
+    cpu = torch.device("cpu")
+    tables = (menu, layout.rotation(k_dim, cpu), layout.rotation(v_dim, cpu), *_codebooks())
+    sizes = (layout.sink, layout.window, layout.span, layout.page)
+    return (TYPES[k_dtype], TYPES[v_dtype], *sizes, *(t.data_ptr() for t in tables)), tables
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``x`` with its last dimension dense."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _mask(mask: Tensor | None) -> tuple[int, ...]:
+    """Type, strides (0 where it broadcasts) and columns of a mask."""
+    if mask is None:
+        return _NONE, 0, 0, 0, 0, 0
+    kind = _BOOL if mask.dtype == torch.bool else TYPES[mask.dtype]
+    steps = (step if size > 1 else 0 for size, step in zip(mask.shape, mask.stride()))
+    return kind, *steps, mask.shape[3]
+
+
+def attend(
+    library: Library,
+    state: State,
+    layout: Layout,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: int,
+    base: int,
+    columns: int,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+) -> Tensor | None:
+    """As :func:`sphkv_compile.ops.reference.attend_reference`; None when the mask shows slots after the newest token."""
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    (b, hq, t, d), h, dv = q.shape, k.shape[1], v.shape[3]
+    constants, _keep = _constants(layout, d, dv, state.exact_k.dtype, state.exact_v.dtype)
+    out = torch.empty(b, hq, t, dv, dtype=q.dtype)
+    mask_type, *mask_shape = _mask(mask)
+    memory = (*state[:8], state.pair_scale, state.rows, q, k, v, q if mask is None else mask, out)
+    types = TYPES[q.dtype], TYPES[k.dtype], TYPES[v.dtype], mask_type
+    packed = _ATTEND.pack(
+        *[x.data_ptr() for x in memory],
+        *(b, h, hq // h, t, d, dv, state.table.shape[2], state.anchors.shape[2], *types),
+        *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_shape),
+        *(first, base, columns, is_causal, torch.get_num_threads()),
+        *constants,
+        1 / math.sqrt(d) if scale is None else scale,
+    )
+    return None if library.attend(packed) else out
+
+
+def append(
+    library: Library,
+    state: State,
+    layout: Layout,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor | None,
+    start: int | None,
+    rolling: bool,
+) -> bool:
+    """Append tokens that only enter the sinks or the window; False, and nothing was written, where they do more."""
+    k, v = _rows(k), _rows(v)
+    queries = 0 if q is None else q.data_ptr()
+    q = k if q is None else _rows(q)
+    (b, h, t, d), dv = k.shape, v.shape[3]
+    packed = _APPEND.pack(
+        *(state.exact_k.data_ptr(), state.exact_v.data_ptr(), state.moments.data_ptr(), state.rows.data_ptr()),
+        *(q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if pos is None else pos.data_ptr()),
+        *(b, h, q.shape[1] // h, t, d, dv, TYPES[q.dtype], k.element_size(), v.element_size()),
+        *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
+        *(-1 if start is None else start, rolling, layout.sink, layout.window, layout.span),
+    )
+    return not library.append(packed)

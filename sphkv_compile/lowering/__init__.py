@@ -1,0 +1,1 @@
+"""How the ops reach Inductor."""

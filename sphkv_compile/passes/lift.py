@@ -1,0 +1,65 @@
+"""Lift: in Dynamo's graph, each scaled-dot-product attention becomes a marker that survives until we match it.
+
+AOTAutograd would otherwise decompose it per device before any pass of ours could see it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch.fx import GraphModule, Node
+
+from sphkv_compile.ops import schema
+
+_SDPA = (F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention)
+_DEFAULTS = {
+    "query": inspect.Parameter.empty,
+    "key": inspect.Parameter.empty,
+    "value": inspect.Parameter.empty,
+    "attn_mask": None,
+    "dropout_p": 0.0,
+    "is_causal": False,
+    "scale": None,
+    "enable_gqa": False,
+}
+
+
+def _calls(gm: GraphModule, *targets: object) -> Iterator[tuple[GraphModule, Node]]:
+    for module in gm.modules():
+        if isinstance(module, GraphModule):
+            for node in list(module.graph.nodes):
+                if node.op == "call_function" and any(node.target is t for t in targets):
+                    yield module, node
+
+
+def lift(gm: GraphModule) -> int:
+    """Replace every SDPA by ``sphkv.sdpa`` with all arguments positional; returns how many there were.
+
+    A call with an argument that we do not know stays as it is: dropping one silently would change the result.
+    """
+    count = 0
+    for module, node in _calls(gm, *_SDPA):
+        given = {**dict(zip(_DEFAULTS, node.args)), **node.kwargs}
+        if set(given) - set(_DEFAULTS):
+            continue
+        full = {**_DEFAULTS, **given}
+        with module.graph.inserting_before(node):
+            marker = module.graph.call_function(schema.sdpa, tuple(full.values()))
+        # Only these two: a copied `eager_input_vals` belongs to the other op and trips an assertion.
+        marker.meta = {key: node.meta[key] for key in ("example_value", "stack_trace") if key in node.meta}
+        node.replace_all_uses_with(marker)
+        module.graph.erase_node(node)
+        module.recompile()
+        count += 1
+    return count
+
+
+def strip_owned(gm: GraphModule) -> None:
+    """Remove the mark that Dynamo left on each use of a cache tensor held as codes: this backend knows what to do."""
+    for module, node in _calls(gm, schema.owned, torch.ops.sphkv.owned):
+        node.replace_all_uses_with(node.args[0])
+        module.graph.erase_node(node)
+        module.recompile()

@@ -1,0 +1,193 @@
+"""Rewrite: a site's dense write and attention become ``attend`` then ``append``, on state that enters as graph inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from sphkv_compile.ops import schema
+from sphkv_compile.patterns import Site
+from sphkv_compile.runtime.layout import Layout
+from sphkv_compile.runtime.state import STATE_FIELDS, Geometry, empty_state
+from sphkv_compile.spec import CacheSpec
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Binding:
+    """How the runtime feeds one rewritten site.
+
+    Args:
+        k_input, v_input: positions of the dense buffers among the original inputs.
+        outputs: positions of the grown buffers among the graph's outputs (``dynamic_cat``).
+    """
+
+    idiom: str
+    k_input: int
+    v_input: int
+    layout: Layout
+    rolling: bool
+    start: int | None
+    tokens: int | torch.SymInt
+    outputs: tuple[int, ...] = ()
+    pos_node: str | None = None
+    mask_node: str | None = None
+
+
+@dataclass
+class Rewritten:
+    """A rewritten graph's calling convention.
+
+    Args:
+        kept: which of the original inputs the graph still takes, in order; state follows, site by site.
+        state_inputs: fake state tensors, as many per site as :class:`State` has fields.
+    """
+
+    bindings: list[Binding] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
+    state_inputs: list[torch.Tensor] = field(default_factory=list)
+
+
+def rewrite(gm: GraphModule, sites: list[Site], spec: CacheSpec) -> Rewritten:
+    """Rewrite ``sites`` in place."""
+    graph = gm.graph
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    index = {node: i for i, node in enumerate(inputs)}
+    output = next(n for n in reversed(graph.nodes) if n.op == "output")
+    result, last = Rewritten(), inputs[-1]
+    for number, site in enumerate(sites):
+        layout = Layout.of(spec, *site.rope)
+        fakes = _fake_state(layout, site)
+        state = []
+        for name, fake in zip(STATE_FIELDS, fakes):
+            with graph.inserting_after(last):
+                last = graph.placeholder(f"sphkv{number}_{name}")
+            last.meta["val"] = fake
+            state.append(last)
+        result.bindings.append(_bind(site, layout, index, output))
+        result.state_inputs.extend(fakes)
+        _replace(graph, site, state, layout)
+        _drop_outputs(output, site)
+    graph.eliminate_dead_code()
+    dense = {b for binding in result.bindings for b in (binding.k_input, binding.v_input)}
+    dead = {i for i in dense if not inputs[i].users}
+    for i in dead:
+        graph.erase_node(inputs[i])
+    result.kept = [i for i in range(len(inputs)) if i not in dead]
+    graph.lint()
+    gm.recompile()
+    return result
+
+
+def _bind(site: Site, layout: Layout, index: dict[Node, int], output: Node) -> Binding:
+    returned = list(output.args[0])
+    start = site.start if isinstance(site.start, int) else None
+    return Binding(
+        idiom=site.idiom,
+        k_input=index[site.k_buf],
+        v_input=index[site.v_buf],
+        layout=layout,
+        rolling=site.rolling,
+        start=start,
+        tokens=site.q.meta["val"].shape[2],
+        outputs=tuple(returned.index(w) for w in site.outputs),
+    )
+
+
+def _fake_state(layout: Layout, site: Site) -> list[torch.Tensor]:
+    """Stand-ins for the state, of the right dtypes. Their sizes are a hint only: a plan may lay the state out anew
+    between steps (a growing cache), so Inductor's size assertions are off for our graphs."""
+    k, v = site.k_buf.meta["val"], site.v_buf.meta["val"]
+    sizes = [_hint(n) for n in k.shape]
+    with k.fake_mode:
+        geometry = Geometry(*sizes, _hint(v.shape[-1]), k.dtype, v.dtype, site.rolling)
+        arena = torch.zeros(1 << 16, dtype=torch.uint8, device=k.device)
+        return list(empty_state(layout, geometry, arena))
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    return size if isinstance(size, int) else size.node.hint or 1
+
+
+def _replace(graph: Graph, site: Site, state: list[Node], layout: Layout) -> None:
+    q, columns, value = site.q, site.columns, site.node.meta["val"]
+    with graph.inserting_before(site.node):
+        k, v = (_whole(graph, *pair) for pair in ((site.k, site.k_buf), (site.v, site.v_buf)))
+        if columns is None:
+            columns = _columns(graph, site)
+        mask = _four_dims(graph, site.mask)
+        where = (site.pos, site.start)
+        attend = graph.call_function(
+            schema.attend,
+            (*state, q, k, v, *where, columns, mask, site.is_causal, site.scale, str(layout), site.rolling),
+        )
+        append = graph.call_function(schema.append, (*state, q, k, v, *where, mask, str(layout), site.rolling))
+    attend.meta = {"val": value, "stack_trace": site.node.meta.get("stack_trace")}
+    append.meta = {"val": None}
+    site.node.replace_all_uses_with(attend)
+    graph.erase_node(site.node)
+    for store in site.stores:
+        graph.erase_node(store)
+
+
+def _whole(graph: Graph, value: Node, buf: Node) -> Node:
+    """The written value as [B, H, T, D]: item assignment squeezes leading ones away."""
+    have, (b, h, _, d) = value.meta["val"], buf.meta["val"].shape
+    if have.dim() == 4:
+        return value
+    node = graph.call_function(aten.reshape.default, (value, [b, h, -1, d]))
+    node.meta["val"] = have.reshape(b, h, -1, d)
+    return node
+
+
+def _columns(graph: Graph, site: Site) -> Node | int:
+    """How many columns the attention reads when it reads all: the buffer's, or past and new."""
+    length = site.node.args[1].meta["val"].shape[2]
+    if isinstance(length, int):
+        return length
+    node = graph.call_function(aten.sym_size.int, (site.node.args[1], 2))
+    if not site.outputs:
+        node.args = (site.k_buf, 2)
+        node.meta["val"] = site.k_buf.meta["val"].shape[2]
+        return _same_symbol(graph, node)
+    graph.erase_node(node)
+    past, new = site.start, site.q.meta["val"].shape[2]
+    count = new
+    if not isinstance(new, int):
+        count = graph.call_function(aten.sym_size.int, (site.q, 2))
+        count.meta["val"] = new
+    node = graph.call_function(__import__("operator").add, (past, count))
+    node.meta["val"] = length
+    return node
+
+
+def _same_symbol(graph: Graph, size: Node) -> Node:
+    """Reuse the symbol's own input, if there is one: a size of the buffer would keep the dense buffer alive."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and isinstance(value, torch.SymInt) and value.node.expr == size.meta["val"].node.expr:
+            graph.erase_node(size)
+            return node
+    return size
+
+
+def _four_dims(graph: Graph, mask: Node | None) -> Node | None:
+    if mask is None or mask.meta["val"].dim() == 4:
+        return mask
+    value = mask.meta["val"]
+    shape = [1] * (4 - value.dim())
+    node = mask
+    for _ in shape:
+        previous = node
+        node = graph.call_function(aten.unsqueeze.default, (previous, 0))
+        node.meta["val"] = previous.meta["val"].unsqueeze(0)
+    return node
+
+
+def _drop_outputs(output: Node, site: Site) -> None:
+    """A grown buffer that was an output is replaced at run time by a handle; the graph returns nothing there."""
+    if site.outputs:
+        output.args = (tuple(None if x in site.outputs else x for x in output.args[0]),)

@@ -1,0 +1,284 @@
+"""Ownership: whose copy of a user's cache tensors is the true one, the dense tensor or the codes.
+
+Models write their own cache tensors, and eager code may read them at any time: a second chat turn, ``reorder_cache``,
+``deepcopy``, a debugger. So each (K, V) pair has an :class:`Owner`. While the codes hold the data, the dense storage is
+released and the tensor's class is :class:`Guarded`: any eager use first decodes it back (export). The next compiled
+call takes it over again (import), and re-uses every span whose dense content is still what its codes decode to, so that
+no code is ever made from a decoded value.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_iter
+
+from sphkv_compile.ops import schema
+from sphkv_compile.ops.append import append
+from sphkv_compile.ops.read import dense
+from sphkv_compile.runtime.layout import Layout
+from sphkv_compile.runtime.pool import Pool, reserve
+from sphkv_compile.runtime.state import BASE, LENGTH, SPANS, START, Geometry, empty_state
+
+LOCK = threading.RLock()
+_plain = torch._C.DisableTorchFunctionSubclass
+
+
+class Owner:
+    """The codes of one (K, V) pair, and who holds the data.
+
+    Args:
+        handles: the tensors are outputs of a growing cache, without storage of their own.
+    """
+
+    def __init__(self, layout: Layout, geometry: Geometry, pool: Pool, handles: bool = False):
+        self.layout, self.geometry, self.pool, self.handles = layout, geometry, pool, handles
+        self.state = empty_state(layout, geometry, pool.arena.data)
+        self.holds_codes = False
+        self.k_ref: Any = lambda: None
+        self.v_ref: Any = lambda: None
+        self.imports = self.exports = self.recoded_tokens = 0
+        self.last_export = ""
+        pool.owners.add(self)
+        weakref.finalize(self, _give_back, self.pool, self.state.table, self.state.tiers, layout, geometry)
+
+    # ---- import: dense -> codes
+
+    def take(self, k: Tensor, v: Tensor, length: int, starts: list[int] | None) -> None:
+        """Encode the dense content of columns 0..``length``, then hold the data.
+
+        Args:
+            starts: each row's first real column; None keeps what the state knows.
+
+        Shapes: ``k`` [B, H, L, D], ``v`` [B, H, L, Dv].
+        """
+        with _plain(), torch.no_grad(), _disable_current_modes():
+            base = self._keep_unchanged(k, v, length)
+            first = int(self.state.rows[:, LENGTH].min()) if base is not None else 0
+            column = first - (base or 0)
+            if column < length:
+                k_new, v_new = k[:, :, column:length], v[:, :, column:length]
+                reserve(self.state, self.layout, self.geometry, self.pool.arena, length - column)
+                known = [max(s, 0) for s in self.state.rows[:, START].tolist()]
+                append(self.state, self.layout, None, k_new, v_new, first, starts or known)
+        self.imports += 1
+        self.pool.tokens_left = -1  # the next step plans
+
+    def _keep_unchanged(self, k: Tensor, v: Tensor, length: int) -> int | None:
+        """Cut the state back to the leading tokens whose codes still say what the dense cache says.
+
+        Returns the position of column 0, or None when nothing is kept.
+        """
+        rows = self.state.rows
+        if not self.exports or int(rows[:, LENGTH].max()) == 0:
+            return self._forget()
+        base = int(rows[0, BASE])
+        columns = min(k.shape[2], int(rows[:, LENGTH].max()) - base, length)
+        if columns <= 0:
+            return self._forget()
+        was_k, was_v = dense(self.state, self.layout, columns, base)
+        same = (was_k == k[:, :, :columns]).all(-1).all(1) & (was_v == v[:, :, :columns]).all(-1).all(1)
+        columns_of = torch.arange(columns, device=same.device) + base
+        same |= columns_of < rows[:, START].clamp(min=0).unsqueeze(1)  # padding is not stored
+        kept = int(torch.where(same.all(0), 1, 0).cumprod(0).sum())
+        if kept < columns:
+            # Whole spans only: a cut span would have to be encoded again from its decoded part.
+            begin = int(rows[:, START].clamp(min=0).max()) + self.layout.sink
+            spans = max(0, (base + kept - begin) // self.layout.span)
+            spans = min(spans, int(rows[:, SPANS].min()))
+            kept = max(0, begin + spans * self.layout.span - base) if spans else 0
+            self.recoded_tokens += columns - kept
+        if kept == 0:
+            return self._forget()
+        rows[:, LENGTH] = base + kept
+        for row in rows:
+            at = int(row[START]) + self.layout.sink
+            row[SPANS] = min(int(row[SPANS]), max(0, (base + kept - at) // self.layout.span))
+        return base
+
+    def _forget(self) -> None:
+        rows = self.state.rows
+        rows.zero_()
+        rows[:, START] = -1
+        self.state.positions.fill_(-1)
+        self.state.moments.zero_()
+
+    def hold(self, k: Tensor, v: Tensor) -> None:
+        """Become the owner of ``k`` and ``v``: their storage is released, and eager uses come here first."""
+        self.k_ref, self.v_ref, self.holds_codes = weakref.ref(k), weakref.ref(v), True
+        with _plain(), torch.no_grad(), _disable_current_modes():
+            for t in (k, v):
+                if not self.handles:
+                    t.untyped_storage().resize_(0)
+                t._sphkv = self
+                if type(t) is not Guarded:
+                    t.__class__ = Guarded
+
+    # ---- export: codes -> dense
+
+    def export(self, why: str) -> None:
+        """Decode into the user's tensors; they hold the data from here on."""
+        with LOCK, _plain(), torch.no_grad(), _disable_current_modes():
+            if not self.holds_codes:
+                return
+            self.holds_codes, self.exports, self.last_export = False, self.exports + 1, why
+            k, v = self.k_ref(), self.v_ref()
+            columns = next((t.shape[2] for t in (k, v) if t is not None), 0)
+            for t, content in zip((k, v), dense(self.state, self.layout, columns)):
+                if t is not None:
+                    _fill(t, content, self.handles)
+
+    def materialize(self, t: Tensor, why: str) -> None:
+        """Give ``t`` its content back. A handle of an earlier step still reads what it was when it was made."""
+        if t is self.k_ref() or t is self.v_ref():
+            self.export(why)
+        elif self.handles and t.stride(2) == 0:
+            with LOCK, _plain(), torch.no_grad(), _disable_current_modes():
+                both = dense(self.state, self.layout, t.shape[2])
+                _fill(t, both[0 if t._sphkv_side == "k" else 1], True)
+
+    def relayout(self, capacity: int, rolling: bool) -> None:
+        """Room for more columns. Contents, and the slots of the spans that are held, stay."""
+        old, self.geometry = self.state, self.geometry._replace(capacity=capacity, rolling=rolling)
+        state = empty_state(self.layout, self.geometry, self.pool.arena.data)
+        for new, was in zip(state[1:], old[1:]):
+            if new.shape == was.shape:
+                new.copy_(was)
+            else:
+                new[:, :, : was.shape[2]] = was
+        self.state = state
+        weakref.finalize(self, _give_back, self.pool, state.table, state.tiers, self.layout, self.geometry)
+        old.table.fill_(-1)  # its pages now belong to the new table
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Owner:
+        arena = self.pool.arena
+        pool = Pool(arena.used, self.pool.policy, self.pool.plan_every, arena.data.device)
+        twin = Owner(self.layout, self.geometry, pool, self.handles)
+        for new, was in zip(twin.state[1:], self.state[1:]):
+            new.copy_(was)
+        size = self.layout.page_bytes(self.layout.tiers[0], self.geometry.k_dim, self.geometry.v_dim, self.geometry.itemsize)
+        for index in (self.state.table >= 0).nonzero().tolist():
+            offset, was = pool.arena.take(size), int(self.state.table[tuple(index)])
+            pool.arena.data.view(-1, 64)[offset : offset + size // 64] = arena.data.view(-1, 64)[was : was + size // 64]
+            twin.state.table[tuple(index)] = offset
+        twin.exports = 1  # its tensors are dense until they are imported
+        memo[id(self)] = twin
+        return twin
+
+
+def _fill(t: Tensor, content: Tensor, handle: bool) -> None:
+    if handle:
+        t.set_(content[:, :, : t.shape[2]].clone())
+    else:
+        t.untyped_storage().resize_(t.numel() * t.element_size())
+        t.copy_(content)
+
+
+def _give_back(pool: Pool, table: Tensor, tiers: Tensor, layout: Layout, g: Geometry) -> None:
+    for offset, tier in zip(table.flatten().tolist(), tiers.flatten().tolist()):
+        if offset >= 0:
+            pool.arena.give(offset, layout.page_bytes(layout.tiers[tier], g.k_dim, g.v_dim, g.itemsize))
+
+
+_T = torch.Tensor
+_METADATA = {
+    *(getattr(_T, name).__get__ for name in
+      ("shape", "device", "dtype", "layout", "ndim", "requires_grad", "is_cpu", "is_cuda", "is_sparse", "is_meta",
+       "is_quantized", "is_nested", "is_mkldnn", "is_mps", "is_xpu", "grad", "grad_fn", "is_leaf", "_version",
+       "itemsize", "nbytes")),
+    _T.size, _T.dim, _T.stride, _T.numel, _T.element_size, _T.is_inference, _T.is_contiguous, _T.storage_offset,
+    _T.is_floating_point, _T.is_complex, _T.get_device, _T.ndimension, _T.nelement, _T.__len__,
+}  # fmt: skip
+
+
+class Guarded(torch.Tensor):
+    """A user's cache tensor that has an owner. Metadata is free; any use of the data decodes it first."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.compiler.is_dynamo_compiling():
+            if func not in _METADATA:
+                with _plain():
+                    args = [schema.owned(a) if isinstance(a, Guarded) else a for a in args]
+                    return func(*args, **kwargs)
+        elif not torch.compiler.is_compiling() and func not in _METADATA:
+            for leaf in tree_iter((args, kwargs)):
+                if isinstance(leaf, Guarded):
+                    restore(leaf, getattr(func, "__name__", str(func)))
+        with _plain():
+            return func(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        restore(self, "deepcopy")
+        owner = self.__dict__.get("_sphkv")
+        with _plain():
+            twin = self.detach().clone()
+        memo[id(self)] = twin
+        if owner is not None and not owner.handles:
+            other = copy.deepcopy(owner, memo)
+            twin._sphkv, twin.__class__ = other, Guarded
+            if self is owner.k_ref():
+                other.k_ref = weakref.ref(twin)
+            else:
+                other.v_ref = weakref.ref(twin)
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        restore(self, "pickle")
+        with _plain():
+            return self.detach().clone().as_subclass(torch.Tensor).__reduce_ex__(protocol)
+
+
+def owner_of(t: Any) -> Owner | None:
+    """The owner of a user's tensor, if it has one."""
+    return t.__dict__.get("_sphkv") if type(t) is Guarded else None
+
+
+def restore(t: Tensor, why: str) -> None:
+    """Make ``t`` dense and true, if codes hold its data."""
+    owner = t.__dict__.get("_sphkv")
+    if owner is not None:
+        owner.materialize(t, why)
+
+
+def handles(owner: Owner, k_shape: tuple, v_shape: tuple) -> tuple[Tensor, Tensor]:
+    """Tensors without storage that stand for a grown cache; ``owner`` holds their data."""
+    g = owner.geometry
+    out = []
+    with _plain(), torch.no_grad(), _disable_current_modes():
+        for shape, dtype, side in ((k_shape, g.k_dtype, "k"), (v_shape, g.v_dtype, "v")):
+            t = torch.full((), float("nan"), dtype=dtype, device=owner.state.arena.device).expand(shape)
+            t._sphkv_side = side
+            out.append(t)
+    owner.hold(*out)
+    return out[0], out[1]
+
+
+def exclusive(k: Tensor, v: Tensor) -> bool:
+    """Whether the storages of ``k`` and ``v`` belong to them alone, so that they may be released."""
+    with _plain():
+        storages = k.untyped_storage(), v.untyped_storage()
+        if storages[0].data_ptr() == storages[1].data_ptr() and storages[0].nbytes():
+            return False
+        for t, storage in zip((k, v), storages):
+            if t.storage_offset() or storage.nbytes() != t.numel() * t.element_size() or t._base is not None:
+                return False
+            if torch._C._storage_Use_Count(storage._cdata) > _OWN_USES:
+                return False
+    return True
+
+
+def _own_uses() -> int:
+    t = torch.empty(1)
+    storage = t.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata)
+
+
+_OWN_USES = _own_uses()

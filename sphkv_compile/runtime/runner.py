@@ -1,0 +1,241 @@
+"""The runner: what is called at every step in place of the compiled graph. It finds the codes that belong to the user's
+cache tensors, feeds them to the graph, and hands handles back for caches that grow."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.utils._python_dispatch import _disable_current_modes
+
+from sphkv_compile.ops.append import visible
+from sphkv_compile.passes.rewrite import Binding, Rewritten
+from sphkv_compile.policies import POLICIES
+from sphkv_compile.runtime.ownership import LOCK, Guarded, Owner, exclusive, handles, owner_of, restore
+from sphkv_compile.runtime.pool import Pool, arena_bytes
+from sphkv_compile.runtime.state import Geometry
+from sphkv_compile.spec import CacheSpec
+
+_plain = torch._C.DisableTorchFunctionSubclass
+
+
+@dataclass
+class Recent(threading.local):
+    """The owners of the last call in this thread, held weakly: a cache that its user drops must die."""
+
+    owners: list = field(default_factory=list)
+    pools: list = field(default_factory=list)
+
+
+class Runner:
+    """Boxed callable of one compiled graph.
+
+    Args:
+        run: the compiled, rewritten graph.
+        dense: the graph as it was, interpreted: for a call whose tensors cannot be owned.
+        prologue: computes, from the original inputs, each site's first position and mask; only imports need it.
+        token_count: new tokens of a call, from its inputs.
+        lookout: inputs that may be another graph's cache and must be made dense first.
+    """
+
+    _boxed_call = True
+
+    def __init__(
+        self,
+        run: Callable,
+        dense: GraphModule,
+        prologue: GraphModule,
+        rewritten: Rewritten,
+        token_count: Callable[[list], int],
+        lookout: list[int],
+        spec: CacheSpec,
+    ):
+        self.run, self.dense, self.prologue, self.rewritten = run, dense, prologue, rewritten
+        self.token_count, self.lookout, self.spec = token_count, lookout, spec
+        self.recent = Recent()
+        self.dense_calls = 0
+
+    def __call__(self, args: list) -> Any:
+        release_others(args, self.lookout)
+        owners = self._recent_owners(args)
+        if owners is None:
+            owners = self._find_owners(args)
+            if owners is None:
+                return self._run_dense(args)
+        tokens = self.token_count(args)
+        bindings = self.rewritten.bindings
+        grown = [(args[b.k_input].shape, args[b.v_input].shape) for b in bindings] if bindings[0].outputs else None
+        if grown:
+            self._make_room(owners, [k[2] + tokens for k, _ in grown])
+        for pool in self.recent.pools:
+            if (pool := pool()) is not None:
+                pool.step(tokens)
+        call = [args[i] for i in self.rewritten.kept]
+        for owner in owners:
+            call.extend(owner.state)
+        args.clear()
+        with _plain():
+            out = self.run(call)
+        return self._with_handles(out, owners, grown, tokens) if grown else out
+
+    def _recent_owners(self, args: list) -> list[Owner] | None:
+        """The owners of the last call, if its cache comes again."""
+        recent = self.recent.owners
+        if not recent:
+            return None
+        owners = []
+        for binding, ref in zip(self.rewritten.bindings, recent):
+            owner = ref()
+            if (
+                owner is None
+                or not owner.holds_codes
+                or owner.k_ref() is not args[binding.k_input]
+                or owner.v_ref() is not args[binding.v_input]
+                or owner.geometry.rolling < binding.rolling
+            ):
+                return None
+            owners.append(owner)
+        return owners
+
+    # ---- the slow way, when a cache is met for the first time or comes back from eager code
+
+    def _find_owners(self, args: list) -> list[Owner] | None:
+        """Owners for every site, imported where the dense tensors hold the data; None if one cannot be owned."""
+        with LOCK:
+            bindings = self.rewritten.bindings
+            pairs = [(args[b.k_input], args[b.v_input]) for b in bindings]
+            owners = [_usable_owner(b, *pair) for b, pair in zip(bindings, pairs)]
+            dense = [i for i, owner in enumerate(owners) if owner is None or not owner.holds_codes]
+            for i in dense:
+                if not bindings[i].outputs and not exclusive(*pairs[i]):
+                    return None
+            missing = [i for i, owner in enumerate(owners) if owner is None]
+            self._create(missing, pairs, owners)
+            self._make_rolling(owners)
+            if dense:
+                self._import(dense, pairs, owners, args)
+            self.recent.owners = [weakref.ref(owner) for owner in owners]
+            self.recent.pools = [weakref.ref(pool) for pool in {id(o.pool): o.pool for o in owners}.values()]
+            return owners
+
+    def _create(self, missing: list[int], pairs: list, owners: list) -> None:
+        if not missing:
+            return
+        bindings, spec = self.rewritten.bindings, self.spec
+        shapes = [_geometry(bindings[i], *pairs[i]) for i in missing]
+        nbytes = sum(arena_bytes(bindings[i].layout, g) for i, g in zip(missing, shapes))
+        pool = Pool(nbytes, POLICIES[spec.policy](), spec.plan_every, pairs[missing[0]][0].device)
+        for i, geometry in zip(missing, shapes):
+            owners[i] = Owner(bindings[i].layout, geometry, pool, handles=bool(bindings[i].outputs))
+
+    def _make_rolling(self, owners: list[Owner]) -> None:
+        """A window that has filled starts to roll: it needs a place for the span that is partly out of sight."""
+        turned = [
+            (o, o.geometry.capacity, True)
+            for o, b in zip(owners, self.rewritten.bindings)
+            if b.rolling and not o.geometry.rolling
+        ]
+        _relayout(turned)
+
+    def _make_room(self, owners: list[Owner], lengths: list[int]) -> None:
+        small = [(o, _capacity(n), False) for o, n in zip(owners, lengths) if n > o.geometry.capacity]
+        _relayout(small)
+
+    def _import(self, dense: list[int], pairs: list, owners: list[Owner], args: list) -> None:
+        with _plain(), torch.no_grad(), _disable_current_modes():
+            facts = self.prologue(*args)
+        for i in dense:
+            where, mask = facts[2 * i], facts[2 * i + 1]
+            binding, (k, v) = self.rewritten.bindings[i], pairs[i]
+            length = k.shape[2] if where is None else int(where.flatten()[0]) if isinstance(where, Tensor) else int(where)
+            owners[i].take(k, v, length, _first_real(mask, length, k.shape[0], binding))
+            if not binding.outputs:
+                owners[i].hold(k, v)
+            else:
+                owners[i].holds_codes = True
+                owners[i].k_ref, owners[i].v_ref = weakref.ref(k), weakref.ref(v)
+
+    def _run_dense(self, args: list) -> Any:
+        self.dense_calls += 1
+        if self.dense_calls == 1:
+            warnings.warn(
+                "sphkv: this cache shares its memory with another tensor, so it cannot be replaced by codes; the call runs "
+                "dense, uncompiled. Give K and V storage of their own.",
+                stacklevel=2,
+            )
+        for x in args:
+            if type(x) is Guarded:
+                restore(x, "a call that runs dense")
+        plain = [x.as_subclass(Tensor) if type(x) is Guarded else x for x in args]
+        args.clear()
+        with _plain():
+            return self.dense(*plain)
+
+    def _with_handles(self, out: Any, owners: list[Owner], grown: list, tokens: int) -> list:
+        out = list(out)
+        for binding, owner, (k, v) in zip(self.rewritten.bindings, owners, grown):
+            shapes = [(*shape[:2], shape[2] + tokens, shape[3]) for shape in (k, v)]
+            for position, handle in zip(binding.outputs, handles(owner, *shapes)):
+                out[position] = handle
+        return out
+
+
+def release_others(args: list, lookout: list[int]) -> None:
+    """Make dense what another graph's codes hold and this graph reads as it is."""
+    for i in lookout:
+        if type(args[i]) is Guarded:
+            restore(args[i], "a graph that reads the cache without matching it")
+            with _plain():
+                args[i] = args[i].as_subclass(Tensor)
+
+
+def _usable_owner(binding: Binding, k: Tensor, v: Tensor) -> Owner | None:
+    """The pair's owner, if it stores as this graph wants; another's codes are decoded first."""
+    owner = owner_of(k)
+    if owner is not None and owner.k_ref() is k and owner.v_ref() is v and owner.layout == binding.layout:
+        return owner
+    for t in (k, v):
+        if type(t) is Guarded:
+            restore(t, "a graph that stores the cache otherwise")
+    return None
+
+
+def _geometry(binding: Binding, k: Tensor, v: Tensor) -> Geometry:
+    b, h, length, d = k.shape
+    capacity = _capacity(length) if binding.outputs else length
+    return Geometry(b, h, capacity, d, v.shape[-1], k.dtype, v.dtype, binding.rolling)
+
+
+def _capacity(length: int) -> int:
+    """Columns to allocate for a cache that grows: a power of two, so that growing is rare."""
+    return max(1024, 1 << length.bit_length())
+
+
+def _relayout(owners: list[tuple[Owner, int, bool]]) -> None:
+    need: dict[int, int] = {}
+    pools = {id(o.pool): o.pool for o, _, _ in owners}
+    for owner, capacity, rolling in owners:
+        wanted = owner.geometry._replace(capacity=capacity, rolling=rolling)
+        extra = arena_bytes(owner.layout, wanted) - arena_bytes(owner.layout, owner.geometry)
+        need[id(owner.pool)] = need.get(id(owner.pool), 0) + max(0, extra)
+    for key, pool in pools.items():
+        pool.grow(need[key])
+        pool.tokens_left = -1
+    for owner, capacity, rolling in owners:
+        owner.relayout(capacity, rolling)
+
+
+def _first_real(mask: Tensor | None, length: int, batch: int, binding: Binding) -> list[int] | None:
+    """Each row's first column that some query of this step sees, among those held already."""
+    if mask is None or binding.rolling or length == 0:
+        return [0] * batch if length else None
+    seen = visible(mask[..., :length]).flatten(1, 2).any(1)
+    first = torch.where(seen.any(-1), seen.int().argmax(-1), -1).tolist()
+    return first * batch if len(first) == 1 else first
