@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from sphkv_compile.lowering import compat
 from sphkv_compile.passes.lift import lift, strip_owned
 from sphkv_compile.passes.match import Verdict, match
-from sphkv_compile.passes.normalize import normalize
+from sphkv_compile.passes.normalize import normalize, settle
 from sphkv_compile.passes.prologue import prologue_of, snapshot, token_counter
 from sphkv_compile.passes.rewrite import rewrite
 from sphkv_compile.passes.verify import verify
@@ -39,24 +39,29 @@ def backend(gm: GraphModule, example_inputs: list, *, mode: str | None = None, o
 
     Args:
         mode: as for Inductor (``"reduce-overhead"``, ``"max-autotune"``, ...).
-        options: fields of :class:`sphkv_compile.CacheSpec`; ``"inductor"`` may hold Inductor's own options.
+        options: fields of :class:`sphkv_compile.CacheSpec`; ``"inductor"`` may hold Inductor's own options, or False
+            to run the rewritten graphs node by node, which compiles in no time and helps to debug.
 
     Raises:
         TypeError: an unknown option; ValueError: a value out of range; SiteRefused: under ``strict=True``.
     """
     options = dict(options or {})
-    patches = {**compat.mode_patches(mode), **options.pop("inductor", {}), **compat.PATCHES}
+    inductor = options.pop("inductor", {})
     spec = CacheSpec.from_options(options)
+    patches = {**compat.mode_patches(mode), **(inductor or {}), **compat.PATCHES}
     strip_owned(gm)
     grad = torch.is_grad_enabled()
     if not grad:
         lift(gm)
-    inner = functools.partial(compile_inner, spec=spec, grad=grad)
+    compiler = compat.interpret if inductor is False else compat.compile_fx_inner
+    inner = functools.partial(compile_inner, spec=spec, grad=grad, compiler=compiler)
     with compat.functorch_patches():
         return compat.compile_fx(gm, example_inputs, inner_compile=inner, config_patches=patches)
 
 
-def compile_inner(gm: GraphModule, example_inputs: list, *, spec: CacheSpec, grad: bool, **kwargs: Any) -> Callable:
+def compile_inner(
+    gm: GraphModule, example_inputs: list, *, spec: CacheSpec, grad: bool, compiler: Callable, **kwargs: Any
+) -> Callable:
     """The part that sees AOTAutograd's functional graph; stands in for ``compile_fx_inner``."""
     before = log.graph_text(gm)
     verdicts = [] if grad else _verdicts(gm)
@@ -65,19 +70,21 @@ def compile_inner(gm: GraphModule, example_inputs: list, *, spec: CacheSpec, gra
     sites = [v.site for v in verdicts if v.site]
     lookout = _lookout(gm, sites)
     if not sites:
+        settle(gm)
         log.compiled(verdicts, spec, before, before)
         _require(spec, verdicts)
-        run = compat.compile_fx_inner(gm, example_inputs, **kwargs)
+        run = compiler(gm, example_inputs, **kwargs)
         return _guarding(run, lookout)
     dense, prologue, count = snapshot(gm), prologue_of(gm, sites), token_counter(gm, sites[0])
     rewritten = rewrite(gm, sites, spec)
+    settle(gm)
     verify(gm, rewritten)
     log.compiled(verdicts, spec, before, log.graph_text(gm), rewritten)
     _require(spec, verdicts)
     inputs = [example_inputs[i] for i in rewritten.kept] + rewritten.state_inputs
     if "static_input_idxs" in kwargs:
         kwargs["static_input_idxs"] = _static_inputs(kwargs["static_input_idxs"], rewritten)
-    run = compat.compile_fx_inner(gm, inputs, **kwargs)
+    run = compiler(gm, inputs, **kwargs)
     return Runner(run, dense, prologue, rewritten, count, lookout, spec)
 
 

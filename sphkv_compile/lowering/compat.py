@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 import torch._functorch.config
+from torch.fx import GraphModule
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-__all__ = ["PATCHES", "compile_fx", "compile_fx_inner", "functorch_patches", "mode_patches"]
+__all__ = ["PATCHES", "compile_fx", "compile_fx_inner", "functorch_patches", "interpret", "mode_patches"]
 
 PATCHES: dict[str, Any] = {"size_asserts": False}
 """Inductor's settings for our graphs. The state may be laid out anew between steps, so its sizes are not asserted."""
@@ -32,4 +33,13 @@ def functorch_patches() -> Iterator[None]:
         yield
 
 
-CompiledCallable = Callable[[list], Any]
+def interpret(gm: GraphModule, example_inputs: list, **kwargs: Any) -> Callable:
+    """Run the graph node by node instead of compiling it."""
+
+    def run(args: list) -> Any:
+        inputs = list(args)
+        args.clear()
+        return gm(*inputs)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run

@@ -30,7 +30,7 @@ _BOOL, _NONE = 3, 4
 # Inductor turns both off for its own kernels: there it vectorises by hand, and wants eager's rounding.
 _FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast")
 
-_ATTEND = struct.Struct("=15q12q14q5q11qd")
+_ATTEND = struct.Struct("=15q12q14q5q10qd")
 _APPEND = struct.Struct("=8q18q5q")
 
 
@@ -59,16 +59,9 @@ def library() -> Library | None:
 
 
 @lru_cache(None)
-def _codebooks() -> tuple[Tensor, Tensor]:
-    """Levels at 2, 3, 4 bits, 16 each, and at 8 bits; and the bytes of the former, gathered by their place in a float.
-
-    Shapes: -> float32[48 + 256], uint8[3, 4, 16].
-    """
-    narrow = torch.zeros(3, 16)
-    for row, bits in zip(narrow, (2, 3, 4)):
-        row[: 2**bits] = levels(bits)
-    planes = narrow.view(torch.uint8).view(3, 16, 4).mT.contiguous()
-    return torch.cat([narrow.flatten(), levels(8)]), planes
+def _levels() -> Tensor:
+    """Values of the codes of 2, 3 and 4 bits, repeated to 16 each, and of 8 bits. Shapes: -> float32[3 * 16 + 256]."""
+    return torch.cat([levels(bits).repeat(2 ** (4 - bits)) for bits in (2, 3, 4)] + [levels(8)])
 
 
 @lru_cache(None)
@@ -76,7 +69,7 @@ def _constants(layout: Layout, k_dim: int, v_dim: int, k_dtype: torch.dtype, v_d
     """What ``Attend`` holds from ``cache_k_type`` on, and the tensors whose addresses it names."""
     menu = torch.tensor([(tier.k_bits, tier.v_bits) for tier in layout.tiers], dtype=torch.int64)
     cpu = torch.device("cpu")
-    tables = (menu, layout.rotation(k_dim, cpu), layout.rotation(v_dim, cpu), *_codebooks())
+    tables = (menu, layout.rotation(k_dim, cpu), layout.rotation(v_dim, cpu), _levels())
     sizes = (layout.sink, layout.window, layout.span, layout.page)
     return (TYPES[k_dtype], TYPES[v_dtype], *sizes, *(t.data_ptr() for t in tables)), tables
 

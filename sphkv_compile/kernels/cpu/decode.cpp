@@ -3,7 +3,7 @@
 //   symbol       shape or unit               meaning
 //   B H G T      -                           rows of the batch, kv heads, query heads per kv head, new tokens
 //   R            G * T                       query rows of one kv head; row r = g * T + t
-//   D DV         multiples of 8              head_dim of keys, of values; DP and VP: rounded up to whole vectors
+//   D DV         multiples of 8              head_dim of keys, of values; DP and VP: rounded up to whole cache lines
 //   P page       -, tokens                   pages of a (row, kv head), tokens of a page
 //   N span       -, tokens                   anchor rows of a (row, kv head), tokens that share one
 //   q            [R, DP]                     queries times the softmax scale
@@ -12,7 +12,7 @@
 //   bias         [rows, pitch]               0 or the additive mask where a query may look, -inf elsewhere
 //   plain        [R, VP]                     running sum of p v over exact values
 //   turned       [R, VP]                     running sum of p r c over coded values, turned back once at the end
-//   levels       [16] x (2, 3, 4 bits), [256] the values of the codes; planes: the same 16, split into their 4 bytes
+//   levels       [3, 16], [256]              values of the codes of 2, 3 and 4 bits, repeated to 16 each; and of 8
 //
 // A unit of work is one (row, kv head, run of pages); units leave (top, total, plain, turned) and are combined at the
 // end. Codes become float rows, BLOCK tokens at a time, in first-level cache; the arithmetic is float32 throughout.
@@ -53,7 +53,6 @@ struct Attend {
   int64_t cache_k_type, cache_v_type, sink, window, span, page;
   const int64_t* menu;  // [tiers, 2]: bits of K, of V
   const float *rot_k, *rot_v, *levels;
-  const uint8_t* planes;
   double scale;
 };
 
@@ -92,6 +91,8 @@ inline void store(void* p, V x) {
   std::memcpy(p, &x, sizeof x);
 }
 inline int round_up(int64_t n, int to) { return (n + to - 1) / to * to; }
+inline int line_up(int64_t n) { return round_up(n, 16); }  // floats, to whole cache lines: stores must not straddle two
+inline float* line_up(std::vector<float>& x) { return x.data() + (-reinterpret_cast<intptr_t>(x.data()) & 63) / 4; }
 
 // ---- numbers ----------------------------------------------------------------------------------------------------
 
@@ -169,54 +170,74 @@ void hadamard(float* x, int n, const float* rot, bool transpose, float* scratch)
 
 // ---- codes to float rows ----------------------------------------------------------------------------------------
 
-// Plane p of b-bit codes holds elements p n .. p n + n. Planes ascend, so what a vector writes past one is overwritten.
+// The levels of W codes: the low bits of each lane. Tables of 2 and 3 bits are periodic, so higher bits do not matter.
+struct Levels {
+  int bits;
+  vec low, high;
+  Levels(const float* table, int bits) : bits(bits), low(load<vec>(table)), high(load<vec>(table + 16 - W)) {}
+
+  template <bool wide>  // wide: more than 8 levels
+  inline vec of(ivec code) const {
+#if defined(__AVX512BW__)
+    return vec(_mm512_permutexvar_ps(__m512i(code), __m512(low)));
+#elif defined(__AVX2__)
+    __m256 x = _mm256_permutevar8x32_ps(__m256(low), __m256i(code));
+    if (!wide) return vec(x);
+    __m256 y = _mm256_permutevar8x32_ps(__m256(high), __m256i(code));
+    return vec(_mm256_blendv_ps(x, y, _mm256_castsi256_ps(_mm256_slli_epi32(__m256i(code), 28))));
+#else
+    vec x;
+    for (int i = 0; i < W; i++) x[i] = wide && code[i] & 8 ? high[code[i] & 7] : low[code[i] & 7];
+    return x;
+#endif
+  }
+};
+inline ivec widen(const uint8_t* p) {
+#if defined(__AVX512BW__)
+  return ivec(_mm512_cvtepu8_epi32(load<__m128i>(p)));
+#elif defined(__AVX2__)
+  return ivec(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  ivec x;
+  for (int i = 0; i < W; i++) x[i] = p[i];
+  return x;
+#endif
+}
+
+// Byte i of a token's b-bit codes holds the elements i, i + n, i + 2n ..: n = dim b / 8, and here a multiple of W.
 template <int bits>
-inline void planes_of(const uint8_t* src, int n, uint8_t* out) {
+inline void decode_planes(const Levels& levels, const uint8_t* src, int n, float* out) {
+  for (int i = 0; i < n; i += W) {
+    const ivec code = widen(src + i);
+    for (int p = 0; p < 8 / bits; p++) store(out + p * n + i, levels.of<(bits > 3)>(code >> (p * bits)));
+  }
+}
+
+// Any other width or dimension: codes to bytes first. Planes ascend, so what a vector writes past one is overwritten.
+template <int bits>
+inline void unpack(const uint8_t* src, int n, uint8_t* out) {
   for (int p = 0; p < 8 / bits; p++)
     for (int i = 0; i < n; i += 32) {
       bytes shifted = load<bytes>(src + i) >> uint8_t(bits * p);
       store(out + p * n + i, shifted & uint8_t((1 << bits) - 1));
     }
 }
-inline void unpack(const uint8_t* src, int bits, int dim, uint8_t* out, uint8_t* scratch) {
-  if (bits == 4) return planes_of<4>(src, dim / 2, out);
-  planes_of<2>(src, dim / 4, out);
-  if (bits == 2) return;
-  planes_of<1>(src + dim / 4, dim / 8, scratch);
-  for (int i = 0; i < dim; i += 32) {
-    bytes high = load<bytes>(out + i);
-    store(out + i, (high + high) | load<bytes>(scratch + i));
+void decode_bytes(const Levels& levels, const uint8_t* src, int dim, float* out, uint8_t* codes) {
+  if (levels.bits == 4) {
+    unpack<4>(src, dim / 2, codes);
+  } else {
+    unpack<2>(src, dim / 4, codes);
+    if (levels.bits == 3) {
+      uint8_t* low = codes + dim + SLACK;
+      unpack<1>(src + dim / 4, dim / 8, low);
+      for (int i = 0; i < dim; i += 32) {
+        bytes high = load<bytes>(codes + i);
+        store(codes + i, (high + high) | load<bytes>(low + i));
+      }
+    }
   }
-}
-
-// 16 levels: one vector permutation, or one byte shuffle for each of a float's four bytes.
-inline void lookup16(const uint8_t* codes, int dim, [[maybe_unused]] const float* level,
-                     [[maybe_unused]] const uint8_t* planes, float* out) {
-#if defined(__AVX512BW__)
-  const __m512 table = _mm512_loadu_ps(level);
-  for (int i = 0; i < dim; i += 16) {
-    __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i)));
-    _mm512_storeu_ps(out + i, _mm512_permutexvar_ps(index, table));
-  }
-#elif defined(__AVX2__)
-  const __m128i* plane = reinterpret_cast<const __m128i*>(planes);
-  __m256i t0 = _mm256_broadcastsi128_si256(plane[0]), t1 = _mm256_broadcastsi128_si256(plane[1]);
-  __m256i t2 = _mm256_broadcastsi128_si256(plane[2]), t3 = _mm256_broadcastsi128_si256(plane[3]);
-  const __m256i spread = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);  // unpacking works in halves: so order survives it
-  for (int i = 0; i < dim; i += 32) {
-    __m256i c = _mm256_permutevar8x32_epi32(load<__m256i>(codes + i), spread);
-    __m256i b0 = _mm256_shuffle_epi8(t0, c), b1 = _mm256_shuffle_epi8(t1, c);
-    __m256i b2 = _mm256_shuffle_epi8(t2, c), b3 = _mm256_shuffle_epi8(t3, c);
-    __m256i low = _mm256_unpacklo_epi8(b0, b1), low2 = _mm256_unpackhi_epi8(b0, b1);
-    __m256i high = _mm256_unpacklo_epi8(b2, b3), high2 = _mm256_unpackhi_epi8(b2, b3);
-    store(out + i, _mm256_unpacklo_epi16(low, high));
-    store(out + i + 8, _mm256_unpackhi_epi16(low, high));
-    store(out + i + 16, _mm256_unpacklo_epi16(low2, high2));
-    store(out + i + 24, _mm256_unpackhi_epi16(low2, high2));
-  }
-#else
-  for (int i = 0; i < dim; i++) out[i] = level[codes[i]];
-#endif
+  for (int i = 0; i < dim; i += W)
+    store(out + i, levels.bits == 4 ? levels.of<true>(widen(codes + i)) : levels.of<false>(widen(codes + i)));
 }
 
 struct Source {  // where a segment's keys or values lie: token i at data + i * stride, coded or of a dtype
@@ -225,17 +246,16 @@ struct Source {  // where a segment's keys or values lie: token i at data + i * 
 };
 
 void float_rows(const Attend& a, const Source& s, int from, int n, int dim, int pitch, float* out, uint8_t* codes) {
-  const float* level = a.levels + (s.bits == 8 ? 48 : 16 * (s.bits - 2));
+  const float* table = a.levels + (s.bits == 8 ? 48 : s.bits == EXACT ? 0 : 16 * (s.bits - 2));
+  const Levels levels(table, s.bits);
+  const int plane = dim * s.bits / 8;
   for (int i = 0; i < n; i++, out += pitch) {
     const uint8_t* token = s.data + (from + i) * s.stride;
-    if (s.bits == EXACT) {
-      to_float(token, s.type, dim, out);
-    } else if (s.bits == 8) {
-      for (int j = 0; j < dim; j++) out[j] = level[token[j]];
-    } else {
-      unpack(token, s.bits, dim, codes, codes + dim + SLACK);
-      lookup16(codes, dim, level, a.planes + 64 * (s.bits - 2), out);
-    }
+    if (s.bits == EXACT) to_float(token, s.type, dim, out);
+    else if (s.bits == 8) for (int j = 0; j < dim; j++) out[j] = table[token[j]];
+    else if (s.bits == 4 && plane % W == 0) decode_planes<4>(levels, token, plane, out);
+    else if (s.bits == 2 && plane % W == 0) decode_planes<2>(levels, token, plane, out);
+    else decode_bytes(levels, token, dim, out, codes);
   }
 }
 
@@ -315,26 +335,26 @@ struct Unit {
   float *q, *turned_q, *logits, *bias, *rows_k, *rows_v, *radius, *weight, *anchor;
   float *top, *total, *plain, *turned;  // the result
 
-  explicit Unit(const Attend& a) : a(a), R(a.G * a.T), DP(round_up(a.D, W)), VP(round_up(a.DV, W)) {
-    pitch = round_up(std::max<int64_t>({a.page, a.T, 64}), W) + SLACK;
-    floats.assign(R * (2 * DP + 2 * pitch) + BLOCK * (DP + VP) + 2 * pitch + DP + 4 * SLACK, 0.f);
+  explicit Unit(const Attend& a) : a(a), R(a.G * a.T), DP(line_up(a.D)), VP(line_up(a.DV)) {
+    pitch = line_up(std::max<int64_t>(a.page, 64));
+    floats.assign(R * 2 * (DP + pitch) + BLOCK * (DP + VP) + 2 * pitch + DP + 4 * SLACK, 0.f);
     codes.resize(2 * (std::max(DP, VP) + 2 * SLACK));
     bias_of.resize(R);
-    float* at = floats.data();
-    auto take = [&](int n) { return std::exchange(at, at + n); };
+    float* at = line_up(floats);
+    auto take = [&](int n) { return std::exchange(at, at + line_up(n)); };
     q = take(R * DP), turned_q = take(R * DP), logits = take(R * pitch), bias = take(R * pitch);
     rows_k = take(BLOCK * DP + SLACK), rows_v = take(BLOCK * VP + SLACK), anchor = take(DP);
     radius = take(pitch), weight = take(pitch);
   }
 
-  static int64_t result_floats(const Attend& a) { return a.G * a.T * (2 + 2 * round_up(a.DV, W)); }
+  static int64_t result_floats(const Attend& a) { return 2 * line_up(a.G * a.T) + 2 * a.G * a.T * line_up(a.DV); }
 
   void begin_unit(int row, int head, float* result) {
     b = row, h = head;
     const int64_t* counters = a.rows + b * COLUMNS;
     start = counters[START], length = std::min(counters[LENGTH], a.first), spans = counters[SPANS];
     begin = start + a.sink;
-    top = result, total = top + R, plain = total + R, turned = plain + R * VP;
+    top = result, total = top + line_up(R), plain = total + line_up(R), turned = plain + R * VP;
     std::fill(top, total, -INF);
     std::fill(total, turned + R * VP, 0.f);
     const float *s = a.pair_scale + (b * a.H + h) * a.D, unit = 1 / std::sqrt(float(a.D));
@@ -366,6 +386,7 @@ struct Unit {
       const int t = j % by_token;
       const int32_t stop = a.causal ? std::min<int64_t>(high, a.base + t + 1) : high;
       for (int i = 0; i < n; i++) to[i] = position[i] >= low && position[i] < stop ? 0.f : -INF;
+      for (int i = n; i < round_up(n, W); i++) to[i] = -INF;
       if (a.mask_type != NONE) {
         int64_t at = b * a.mask_stride[0] + (h * a.G + j / by_token) * a.mask_stride[1] + t * a.mask_stride[2];
         add_mask(to, position, n, at, !gaps && !outside && a.mask_stride[3] == 1);
@@ -397,14 +418,16 @@ struct Unit {
   // Fold a segment into the running softmax. weights: a factor of each value, or null.
   void fold(const Source& values, int n, const float* weights) {
     const int padded = round_up(n, W);
+    const vec hidden = vec{} - INF;
     float* sums = values.bits == EXACT ? plain : turned;
     for (int r = 0; r < R; r++) {
       float* s = logits + r * pitch;
-      const float* may = bias_of[r];
-      for (int i = 0; i < n; i++) s[i] = may[i] == -INF ? -INF : s[i] + may[i];
-      for (int i = n; i < padded; i++) s[i] = -INF;
-      vec high = load<vec>(s), sum = {};
-      for (int i = W; i < padded; i += W) high = high > load<vec>(s + i) ? high : load<vec>(s + i);
+      vec high = hidden, sum = {};
+      for (int i = 0; i < padded; i += W) {
+        vec may = load<vec>(bias_of[r] + i), x = may == -INF ? hidden : load<vec>(s + i) + may;
+        high = high > x ? high : x;
+        store(s + i, x);
+      }
       float best = top[r];
       for (int j = 0; j < W; j++) best = std::max(best, high[j]);
       if (best > top[r]) {
@@ -517,7 +540,7 @@ struct Unit {
 
 // The softmax over all units of one (row, kv head), and values back in the model's frame.
 void combine(const Attend& a, int b, int h, float* results, int splits) {
-  const int R = a.G * a.T, VP = round_up(a.DV, W);
+  const int R = a.G * a.T, VP = line_up(a.DV);
   const int64_t pitch = Unit::result_floats(a);
   std::vector<float> plain(VP), turned(VP), scratch(VP);
   const float unit = 1 / std::sqrt(float(a.DV));
@@ -528,8 +551,8 @@ void combine(const Attend& a, int b, int h, float* results, int splits) {
     std::fill(turned.begin(), turned.end(), 0.f);
     for (int s = 0; s < splits; s++) {
       const float *part = results + s * pitch, factor = top == -INF ? 0 : std::exp(part[r] - top);
-      const float *x = part + 2 * R + r * VP, *y = x + R * VP;
-      total += part[R + r] * factor;
+      const float *x = part + 2 * line_up(R) + r * VP, *y = x + R * VP;
+      total += part[line_up(R) + r] * factor;
       for (int d = 0; d < VP; d++) plain[d] += x[d] * factor, turned[d] += y[d] * factor;
     }
     hadamard(turned.data(), a.DV, a.rot_v, true, scratch.data());
@@ -577,8 +600,8 @@ extern "C" int64_t sphkv_attend(const void* packed) {
   const int64_t wanted = threads == 1 ? 1 : (4 * threads + heads - 1) / heads;
   const int splits = std::max<int64_t>(1, std::min(wanted, pages / 4));
   static thread_local std::vector<float> kept;
-  kept.resize(heads * splits * Unit::result_floats(a));
-  float* results = kept.data();
+  kept.resize(heads * splits * Unit::result_floats(a) + SLACK);
+  float* results = line_up(kept);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Unit unit(a);
