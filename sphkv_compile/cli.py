@@ -1,0 +1,89 @@
+"""The ``sphkv`` command: explain, inspect, doctor."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sphkv_compile.spec import CacheSpec
+
+app = typer.Typer(help="KV caches as spherical codes, for unmodified PyTorch models.", no_args_is_help=True)
+console = Console()
+
+Model = Annotated[str, typer.Option(help="'smollm2', 'gemma3' (bundled), a Hugging Face folder, or a .gguf file.")]
+Bits = Annotated[str, typer.Option(help="Width of keys and values: 4, or K4V2.")]
+
+
+def _bits(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
+
+
+@app.command()
+def explain(model: Model = "smollm2", bits: Bits = "4", dtype: str = "bfloat16") -> None:
+    """Say what the backend does with each attention of a model, and from which length on it pays."""
+    from sphkv_compile.explain import explain as explain_model
+    from sphkv_compile.integrations.models import load
+
+    with console.status(f"loading {model}"):
+        loaded, _ = load(model, dtype=getattr(torch, dtype))
+    with console.status("tracing one decode step"):
+        console.print(explain_model(loaded, options={"bits": _bits(bits)}))
+
+
+@app.command()
+def inspect(
+    k_dim: Annotated[int, typer.Option(help="head_dim of keys.")] = 128,
+    v_dim: Annotated[int | None, typer.Option(help="head_dim of values; the keys' by default.")] = None,
+    kv_heads: int = 8,
+    layers: int = 32,
+    length: Annotated[int, typer.Option(help="Cached tokens.")] = 32768,
+    bits: Annotated[str, typer.Option(help="Tiers to show, separated by commas.")] = "K8V4,K4V4,K4V2,K3V2,K2V2",
+) -> None:
+    """Show where the bytes of a cache go, field by field and tier by tier, beside bfloat16."""
+    console.print(byte_table(k_dim, v_dim or k_dim, kv_heads, layers, length, [_bits(b) for b in bits.split(",")]))
+
+
+def byte_table(k_dim: int, v_dim: int, heads: int, layers: int, length: int, menu: list[int | str]) -> Table:
+    """Bytes by field, a column per tier. Units: bytes per token and kv head; the last rows are the whole cache."""
+    from sphkv_compile.report import human
+    from sphkv_compile.runtime.layout import Layout
+
+    dense = 2 * (k_dim + v_dim)
+    names = ("key codes", "value codes", "radius", "value scale", "anchor index", "anchor row", "position", "page table",
+             "total", "metadata", "of bf16", f"cache of {length:,} tokens")  # fmt: skip
+    columns = [[*(["-"] * 8), f"{dense:g}", "0 %", "1", human(layers * heads * length * dense)]]
+    tiers = [CacheSpec(bits=bits) for bits in menu]
+    for spec in tiers:
+        layout = Layout.of(spec)
+        f = layout.fields(spec.tier, k_dim, v_dim, (2, 2))
+        row = [f.k, f.v, f.radius, f.v_scale, f.anchor, (k_dim + 4) / layout.span, 4, 5 / layout.page]
+        total, exact = sum(row), layout.sink + layout.window + layout.span / 2
+        cache = layers * heads * (max(0, length - exact) * total + min(length, exact) * dense)
+        columns.append([*(f"{x:.2f}".rstrip("0").rstrip(".") for x in row), f"{total:.2f}",
+                        f"{100 * (1 - (f.k + f.v) / total):.1f} %", f"{total / dense:.3f}", human(cache)])  # fmt: skip
+    table = Table("", "bf16", *(str(s.tier) for s in tiers), title=f"bytes per token and kv head, D {k_dim}/{v_dim}")
+    for name, *values in zip(names, *columns):
+        table.add_row(name, *values)
+    return table
+
+
+@app.command()
+def doctor() -> None:
+    """Print what a bug report needs, and run a short self-test; exit code 1 if it fails."""
+    from sphkv_compile.doctor import doctor as diagnose
+
+    with console.status("checking"):
+        diagnosis = diagnose()
+    console.print(diagnosis)
+    raise typer.Exit(0 if diagnosis.ok else 1)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+

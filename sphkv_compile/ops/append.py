@@ -63,6 +63,7 @@ def append(state: State, layout: Layout, q: Tensor | None, k: Tensor, v: Tensor,
         if row[START] < 0 or first <= row[START]:
             row[START], row[SPANS], row[FROZEN] = starts[b], 0, 0
             state.moments[b].zero_()
+            state.energy[b].zero_()
             state.positions[b].fill_(-1)
         groups.setdefault((row[START], row[SPANS], row[FROZEN]), []).append(b)
     end = first + k.shape[2]
@@ -94,7 +95,7 @@ def _append_rows(
     end, ring = first + k.shape[2], layout.ring
     skip = max(0, rows.start - first)  # padding in this chunk
     k_new, v_new, from_ = rows.of(k)[:, :, skip:], rows.of(v)[:, :, skip:], first + skip
-    if q is not None and not rows.frozen:
+    if q is not None:
         _observe(state, layout, rows, rows.of(q)[:, :, skip:], from_)
     _store(state, rows, k_new, v_new, torch.arange(from_, max(from_, min(begin, end))) - rows.start)
 
@@ -141,8 +142,17 @@ def _exact_run(state, layout, rows, at: int, stop: int, k_new: Tensor, v_new: Te
 def _observe(state: State, layout: Layout, rows: _Rows, q: Tensor, first: int) -> None:
     """Add the queries up to the one that completes the first span to the running second moment.
 
-    Later queries are left out, so that one-shot, chunked and token-by-token prefill learn the same scale.
+    Later queries are left out, so that one-shot, chunked and token-by-token prefill learn the same scale. Once it is
+    fixed, the scaled queries' energy is counted instead.
     """
+    if rows.frozen:
+        b, hq, t, _ = q.shape
+        h = state.energy.shape[1]
+        scaled = q.float().unflatten(1, (h, hq // h)) * rows.of(state.pair_scale)[:, :, None, None]
+        total = scaled.square().sum((2, 3, 4)).double()
+        count = torch.full_like(total, t * hq // h)
+        state.energy[rows.index.to(q.device)] += torch.stack([total, count], -1)
+        return
     upto = rows.start + layout.sink + layout.window + layout.span - first
     q = q[:, :, : max(0, upto)]
     if q.shape[2]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 
 import torch
@@ -30,11 +31,8 @@ class Binding:
     v_input: int
     layout: Layout
     rolling: bool
-    start: int | None
-    tokens: int | torch.SymInt
     outputs: tuple[int, ...] = ()
-    pos_node: str | None = None
-    mask_node: str | None = None
+    scale: float | None = None
 
 
 @dataclass
@@ -84,16 +82,14 @@ def rewrite(gm: GraphModule, sites: list[Site], spec: CacheSpec) -> Rewritten:
 
 def _bind(site: Site, layout: Layout, index: dict[Node, int], output: Node) -> Binding:
     returned = list(output.args[0])
-    start = site.start if isinstance(site.start, int) else None
     return Binding(
         idiom=site.idiom,
         k_input=index[site.k_buf],
         v_input=index[site.v_buf],
         layout=layout,
         rolling=site.rolling,
-        start=start,
-        tokens=site.q.meta["val"].shape[2],
         outputs=tuple(returned.index(w) for w in site.outputs),
+        scale=site.scale,
     )
 
 
@@ -159,7 +155,7 @@ def _columns(graph: Graph, site: Site) -> Node | int:
     if not isinstance(new, int):
         count = graph.call_function(aten.sym_size.int, (site.q, 2))
         count.meta["val"] = new
-    node = graph.call_function(__import__("operator").add, (past, count))
+    node = graph.call_function(operator.add, (past, count))
     node.meta["val"] = length
     return node
 

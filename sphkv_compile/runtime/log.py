@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,9 +33,25 @@ GRAPHS: deque[Compiled] = deque(maxlen=64)
 """The graphs of this process, newest last."""
 
 
+_LISTENERS: list[Callable[[Compiled], None]] = []
+
+
+@contextlib.contextmanager
+def listening(listener: Callable[[Compiled], None]) -> Iterator[None]:
+    """Call ``listener`` for every graph that is compiled meanwhile."""
+    _LISTENERS.append(listener)
+    try:
+        yield
+    finally:
+        _LISTENERS.remove(listener)
+
+
 def compiled(verdicts: list, spec: CacheSpec, before: str, after: str, rewritten: Any = None) -> None:
     """Keep a record, and tell TORCH_LOGS and tlparse."""
-    GRAPHS.append(Compiled(verdicts, spec, before, after, rewritten))
+    record = Compiled(verdicts, spec, before, after, rewritten)
+    GRAPHS.append(record)
+    for listener in list(_LISTENERS):
+        listener(record)
     for v in verdicts:
         logger.info("%s %s: %s", v.node, v.source, v.idiom or f"dense: {v.refusal}")
     trace_structured(

@@ -35,10 +35,13 @@ class Owner:
 
     Args:
         handles: the tensors are outputs of a growing cache, without storage of their own.
+        scale: of the softmax at this site; the error certificates need it.
     """
 
-    def __init__(self, layout: Layout, geometry: Geometry, pool: Pool, handles: bool = False):
-        self.layout, self.geometry, self.pool, self.handles = layout, geometry, pool, handles
+    def __init__(
+        self, layout: Layout, geometry: Geometry, pool: Pool, handles: bool = False, scale: float | None = None
+    ):
+        self.layout, self.geometry, self.pool, self.handles, self.scale = layout, geometry, pool, handles, scale
         self.state = empty_state(layout, geometry, pool.arena.data)
         self.holds_codes = False
         self.k_ref: Any = lambda: None
@@ -108,6 +111,7 @@ class Owner:
         rows[:, START] = -1
         self.state.positions.fill_(-1)
         self.state.moments.zero_()
+        self.state.energy.zero_()
 
     def hold(self, k: Tensor, v: Tensor) -> None:
         """Become the owner of ``k`` and ``v``: their storage is released, and eager uses come here first."""
@@ -159,7 +163,7 @@ class Owner:
     def __deepcopy__(self, memo: dict[int, Any]) -> Owner:
         arena = self.pool.arena
         pool = Pool(arena.used, self.pool.policy, self.pool.plan_every, arena.data.device)
-        twin = Owner(self.layout, self.geometry, pool, self.handles)
+        twin = Owner(self.layout, self.geometry, pool, self.handles, self.scale)
         for new, was in zip(twin.state[1:], self.state[1:]):
             new.copy_(was)
         size = self.layout.page_bytes(self.layout.tiers[0], self.geometry.k_dim, self.geometry.v_dim, self.geometry.itemsize)

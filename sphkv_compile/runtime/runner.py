@@ -133,7 +133,7 @@ class Runner:
         nbytes = sum(arena_bytes(bindings[i].layout, g) for i, g in zip(missing, shapes))
         pool = Pool(nbytes, POLICIES[spec.policy](), spec.plan_every, pairs[missing[0]][0].device)
         for i, geometry in zip(missing, shapes):
-            owners[i] = Owner(bindings[i].layout, geometry, pool, handles=bool(bindings[i].outputs))
+            owners[i] = Owner(bindings[i].layout, geometry, pool, bool(bindings[i].outputs), bindings[i].scale)
 
     def _make_rolling(self, owners: list[Owner]) -> None:
         """A window that has filled starts to roll: it needs a place for the span that is partly out of sight."""

@@ -31,6 +31,8 @@ class State(NamedTuple):
     * ``pair_scale`` float32[B, H, D]: s of :mod:`sphkv_compile.codecs.scales`.
     * ``moments`` float64[B, H, D + 1]: sum of q^2 per dimension, and the number of queries in it.
     * ``rows`` int64[B, 5]: the counters named above.
+    * ``energy`` float64[B, H, 2]: sum of |s q|^2 since the pair scale was fixed, and the number of queries in it; the
+      error certificates need it.
     """
 
     arena: Tensor
@@ -44,11 +46,12 @@ class State(NamedTuple):
     pair_scale: Tensor
     moments: Tensor
     rows: Tensor
+    energy: Tensor
 
     @property
     def fixed_bytes(self) -> int:
         """Bytes that do not grow with the number of tokens: ring, sinks, scales, moments, counters."""
-        fixed = (self.exact_k, self.exact_v, self.pair_scale, self.moments, self.rows)
+        fixed = (self.exact_k, self.exact_v, self.pair_scale, self.moments, self.rows, self.energy)
         return sum(t.numel() * t.element_size() for t in fixed)
 
     @property
@@ -110,4 +113,5 @@ def empty_state(layout: Layout, g: Geometry, arena: Tensor) -> State:
         pair_scale=make(g.k_dim, dtype=torch.float32, fill=1),
         moments=make(g.k_dim + 1, dtype=torch.float64),
         rows=rows,
+        energy=make(2, dtype=torch.float64),
     )

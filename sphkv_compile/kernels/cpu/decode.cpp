@@ -67,7 +67,7 @@ struct Append {
 };
 
 constexpr int EXACT = 16;  // bits that mean: kept in the model's dtype
-constexpr int BLOCK = 16;  // tokens decoded at once
+constexpr int BLOCK = 32;  // tokens decoded at once
 constexpr int SLACK = 64;  // elements that vector code may write past a buffer's end
 constexpr float INF = std::numeric_limits<float>::infinity();
 
@@ -91,7 +91,7 @@ inline void store(void* p, V x) {
   std::memcpy(p, &x, sizeof x);
 }
 inline int round_up(int64_t n, int to) { return (n + to - 1) / to * to; }
-inline int line_up(int64_t n) { return round_up(n, 16); }  // floats, to whole cache lines: stores must not straddle two
+inline int line_up(int64_t n) { return round_up(n, 2 * W); }  // floats, to whole cache lines: no store straddles two
 inline float* line_up(std::vector<float>& x) { return x.data() + (-reinterpret_cast<intptr_t>(x.data()) & 63) / 4; }
 
 // ---- numbers ----------------------------------------------------------------------------------------------------
@@ -168,26 +168,25 @@ void hadamard(float* x, int n, const float* rot, bool transpose, float* scratch)
   }
 }
 
-// ---- codes to float rows ----------------------------------------------------------------------------------------
+// ---- codes to floats --------------------------------------------------------------------------------------------
 
-// The levels of W codes: the low bits of each lane. Tables of 2 and 3 bits are periodic, so higher bits do not matter.
+// W codes, one in the low bits of each lane, to their levels. Tables of 2 and 3 bits repeat, so they need no mask.
 struct Levels {
-  int bits;
   vec low, high;
-  Levels(const float* table, int bits) : bits(bits), low(load<vec>(table)), high(load<vec>(table + 16 - W)) {}
+  explicit Levels(const float* table) : low(load<vec>(table)), high(load<vec>(table + 16 - W)) {}
 
-  template <bool wide>  // wide: more than 8 levels
+  template <int bits>
   inline vec of(ivec code) const {
 #if defined(__AVX512BW__)
     return vec(_mm512_permutexvar_ps(__m512i(code), __m512(low)));
 #elif defined(__AVX2__)
     __m256 x = _mm256_permutevar8x32_ps(__m256(low), __m256i(code));
-    if (!wide) return vec(x);
+    if (bits < 4) return vec(x);
     __m256 y = _mm256_permutevar8x32_ps(__m256(high), __m256i(code));
     return vec(_mm256_blendv_ps(x, y, _mm256_castsi256_ps(_mm256_slli_epi32(__m256i(code), 28))));
 #else
     vec x;
-    for (int i = 0; i < W; i++) x[i] = wide && code[i] & 8 ? high[code[i] & 7] : low[code[i] & 7];
+    for (int i = 0; i < W; i++) x[i] = bits == 4 && code[i] & 8 ? high[code[i] & 7] : low[code[i] & 7];
     return x;
 #endif
   }
@@ -204,16 +203,59 @@ inline ivec widen(const uint8_t* p) {
 #endif
 }
 
-// Byte i of a token's b-bit codes holds the elements i, i + n, i + 2n ..: n = dim b / 8, and here a multiple of W.
+// Readers show tokens as vectors: word w of token t holds `planes` vectors; vector p starts at element p * plane + w.
 template <int bits>
-inline void decode_planes(const Levels& levels, const uint8_t* src, int n, float* out) {
-  for (int i = 0; i < n; i += W) {
-    const ivec code = widen(src + i);
-    for (int p = 0; p < 8 / bits; p++) store(out + p * n + i, levels.of<(bits > 3)>(code >> (p * bits)));
+struct Codes {
+  static constexpr int planes = 8 / bits;
+  const uint8_t* data;
+  int64_t stride;
+  int plane;
+  Levels levels;
+  ivec word(int t, int w) const { return widen(data + t * stride + w); }
+  vec vector(ivec x, int p) const { return levels.of<bits>(x >> (p * bits)); }
+};
+template <>
+struct Codes<8> {
+  static constexpr int planes = 1;
+  const uint8_t* data;
+  int64_t stride;
+  int plane;
+  const float* table;
+  const uint8_t* word(int t, int w) const { return data + t * stride + w; }
+  vec vector(const uint8_t* x, int) const {
+    const float* l = table;
+    vec y = {l[x[0]], l[x[1]], l[x[2]], l[x[3]], l[x[4]], l[x[5]], l[x[6]], l[x[7]]};
+    for (int i = 8; i < W; i++) y[i] = l[x[i]];
+    return y;
   }
+};
+struct Floats {
+  static constexpr int planes = 2;
+  const float* data;
+  int64_t stride;
+  int plane;
+  const float* word(int t, int w) const { return data + t * stride + w; }
+  vec vector(const float* x, int p) const { return load<vec>(x + p * plane); }
+};
+
+// Where a segment's keys or values lie: token i at data + i * stride, coded or of a dtype.
+struct Source {
+  const uint8_t* data;
+  int64_t bits, type, stride;
+};
+
+// Calls f with the reader of a coded source, if its planes are whole vectors.
+template <class F>
+bool with_codes(const Source& s, int dim, const float* levels, F f) {
+  const int plane = dim * s.bits / 8;
+  if (plane % W || s.bits == 3 || s.bits == EXACT) return false;
+  if (s.bits == 2) f(Codes<2>{s.data, s.stride, plane, Levels(levels)});
+  if (s.bits == 4) f(Codes<4>{s.data, s.stride, plane, Levels(levels + 32)});
+  if (s.bits == 8) f(Codes<8>{s.data, s.stride, plane, levels + 48});
+  return true;
 }
 
-// Any other width or dimension: codes to bytes first. Planes ascend, so what a vector writes past one is overwritten.
+// Any width and dimension: codes to bytes first. Planes ascend, so what a vector writes past one is overwritten.
 template <int bits>
 inline void unpack(const uint8_t* src, int n, uint8_t* out) {
   for (int p = 0; p < 8 / bits; p++)
@@ -222,40 +264,35 @@ inline void unpack(const uint8_t* src, int n, uint8_t* out) {
       store(out + p * n + i, shifted & uint8_t((1 << bits) - 1));
     }
 }
-void decode_bytes(const Levels& levels, const uint8_t* src, int dim, float* out, uint8_t* codes) {
-  if (levels.bits == 4) {
-    unpack<4>(src, dim / 2, codes);
-  } else {
-    unpack<2>(src, dim / 4, codes);
-    if (levels.bits == 3) {
-      uint8_t* low = codes + dim + SLACK;
-      unpack<1>(src + dim / 4, dim / 8, low);
-      for (int i = 0; i < dim; i += 32) {
-        bytes high = load<bytes>(codes + i);
-        store(codes + i, (high + high) | load<bytes>(low + i));
-      }
+void decode_token(const uint8_t* src, int bits, int dim, const float* levels, float* out, uint8_t* codes) {
+  if (bits == 4) unpack<4>(src, dim / 2, codes);
+  else unpack<2>(src, dim / 4, codes);
+  if (bits == 3) {
+    uint8_t* low = codes + dim + SLACK;
+    unpack<1>(src + dim / 4, dim / 8, low);
+    for (int i = 0; i < dim; i += 32) {
+      bytes high = load<bytes>(codes + i);
+      store(codes + i, (high + high) | load<bytes>(low + i));
     }
   }
+  const Levels table(levels + 16 * (bits - 2));
   for (int i = 0; i < dim; i += W)
-    store(out + i, levels.bits == 4 ? levels.of<true>(widen(codes + i)) : levels.of<false>(widen(codes + i)));
+    store(out + i, bits == 4 ? table.of<4>(widen(codes + i)) : table.of<3>(widen(codes + i)));
 }
 
-struct Source {  // where a segment's keys or values lie: token i at data + i * stride, coded or of a dtype
-  const uint8_t* data;
-  int64_t bits, type, stride;
-};
-
-void float_rows(const Attend& a, const Source& s, int from, int n, int dim, int pitch, float* out, uint8_t* codes) {
-  const float* table = a.levels + (s.bits == 8 ? 48 : s.bits == EXACT ? 0 : 16 * (s.bits - 2));
-  const Levels levels(table, s.bits);
-  const int plane = dim * s.bits / 8;
-  for (int i = 0; i < n; i++, out += pitch) {
-    const uint8_t* token = s.data + (from + i) * s.stride;
-    if (s.bits == EXACT) to_float(token, s.type, dim, out);
-    else if (s.bits == 8) for (int j = 0; j < dim; j++) out[j] = table[token[j]];
-    else if (s.bits == 4 && plane % W == 0) decode_planes<4>(levels, token, plane, out);
-    else if (s.bits == 2 && plane % W == 0) decode_planes<2>(levels, token, plane, out);
-    else decode_bytes(levels, token, dim, out, codes);
+// n tokens as rows of floats.
+void float_rows(const Source& s, int n, int dim, const float* levels, int pitch, float* out, uint8_t* codes) {
+  bool done = with_codes(s, dim, levels, [&](auto reader) {
+    for (int t = 0; t < n; t++)
+      for (int w = 0; w < reader.plane; w += W)
+        for (int p = 0; p < reader.planes; p++)
+          store(out + t * pitch + p * reader.plane + w, reader.vector(reader.word(t, w), p));
+  });
+  for (int t = 0; t < n && !done; t++) {
+    const uint8_t* token = s.data + t * s.stride;
+    if (s.bits == EXACT) to_float(token, s.type, dim, out + t * pitch);
+    else if (s.bits == 8) for (int j = 0; j < dim; j++) out[t * pitch + j] = levels[48 + token[j]];
+    else decode_token(token, s.bits, dim, levels, out + t * pitch, codes);
   }
 }
 
@@ -278,47 +315,54 @@ inline void sum4(const vec* x, float* out) {
 #endif
 }
 
-// s[r][i] = q[r] . c[i] for n tokens, n rounded up to 4.
-template <int R>
-void dots(const float* q, const float* c, int n, int dim, float* s, int pitch) {
-  for (int i = 0; i < n; i += 4, c += 4 * dim) {
-    vec sum[R][4] = {};
-    for (int d = 0; d < dim; d += W)
-      for (int t = 0; t < 4; t++) {
-        vec x = load<vec>(c + t * dim + d);
-        for (int r = 0; r < R; r++) sum[r][t] += x * load<vec>(q + r * dim + d);
+// s[r][t] = q[r] . c[t] for n tokens, n rounded up to 4.
+template <int R, class Reader>
+void dots(const Reader& c, int n, const float* q, int dim, float* s, int pitch) {
+  for (int t = 0; t < n; t += 4) {
+    vec sums[R][4];
+    for (int j = 0; j < 4; j++) {
+      vec sum[R] = {};
+      for (int w = 0; w < c.plane; w += W) {
+        const auto word = c.word(t + j, w);
+        for (int p = 0; p < c.planes; p++) {
+          const vec x = c.vector(word, p);
+          for (int r = 0; r < R; r++) sum[r] += x * load<vec>(q + r * dim + p * c.plane + w);
+        }
       }
-    for (int r = 0; r < R; r++) sum4(sum[r], s + r * pitch + i);
+      for (int r = 0; r < R; r++) sums[r][j] = sum[r];
+    }
+    for (int r = 0; r < R; r++) sum4(sums[r], s + r * pitch + t);
   }
 }
 
-// o[r] += sum over n tokens of w[r][i] c[i], for M vectors from column d.
-template <int R, int M>
-inline void weigh_columns(const float* w, int pitch, const float* c, int n, int dim, float* o, int d) {
-  vec sum[R][M];
-  for (int r = 0; r < R; r++)
-    for (int m = 0; m < M; m++) sum[r][m] = load<vec>(o + r * dim + d + m * W);
-  for (int i = 0; i < n; i++)
-    for (int m = 0; m < M; m++) {
-      vec x = load<vec>(c + i * dim + d + m * W);
-      for (int r = 0; r < R; r++) sum[r][m] += x * w[r * pitch + i];
+// o[r] += sum over n tokens of s[r][t] c[t].
+template <int R, class Reader>
+void weigh(const Reader& c, int n, const float* s, int pitch, float* o, int dim) {
+  for (int w = 0; w < c.plane; w += W) {
+    vec sum[Reader::planes][R];
+    for (int p = 0; p < c.planes; p++)
+      for (int r = 0; r < R; r++) sum[p][r] = load<vec>(o + r * dim + p * c.plane + w);
+    for (int t = 0; t < n; t++) {
+      const auto word = c.word(t, w);
+      for (int p = 0; p < c.planes; p++) {
+        const vec x = c.vector(word, p);
+        for (int r = 0; r < R; r++) sum[p][r] += x * s[r * pitch + t];
+      }
     }
-  for (int r = 0; r < R; r++)
-    for (int m = 0; m < M; m++) store(o + r * dim + d + m * W, sum[r][m]);
-}
-template <int R>
-void weigh(const float* w, int pitch, const float* c, int n, int dim, float* o) {
-  int d = 0;
-  for (; d + 4 * W <= dim; d += 4 * W) weigh_columns<R, 4>(w, pitch, c, n, dim, o, d);
-  for (; d < dim; d += W) weigh_columns<R, 1>(w, pitch, c, n, dim, o, d);
+    for (int p = 0; p < c.planes; p++)
+      for (int r = 0; r < R; r++) store(o + r * dim + p * c.plane + w, sum[p][r]);
+  }
 }
 
-// Rows in runs of 3, 2 or 1: 3 rows and 4 tokens (or vectors) are 12 accumulators, and 16 registers hold them.
+// Calls f(first row, number of rows) for runs of at most 4 rows, as equal as can be.
 template <class F>
 void by_rows(int rows, F f) {
-  for (int r = 0, left; (left = rows - r) > 0;) {
-    int step = left == 4 || left == 2 ? 2 : std::min(left, 3);
-    f(r, step);
+  for (int r = 0; r < rows;) {
+    const int left = rows - r, runs = (left + 3) / 4, step = (left + runs - 1) / runs;
+    if (step == 4) f(r, std::integral_constant<int, 4>{});
+    if (step == 3) f(r, std::integral_constant<int, 3>{});
+    if (step == 2) f(r, std::integral_constant<int, 2>{});
+    if (step == 1) f(r, std::integral_constant<int, 1>{});
     r += step;
   }
 }
@@ -445,26 +489,30 @@ struct Unit {
       if (weights)
         for (int i = 0; i < n; i++) s[i] *= weights[i];
     }
-    for (int i = 0; i < n; i += BLOCK) {
-      const int m = std::min(BLOCK, n - i);
-      float_rows(a, values, i, m, a.DV, VP, rows_v, codes.data());
-      by_rows(R, [&](int r, int step) {
-        const float* w = logits + r * pitch + i;
-        auto f = step == 3 ? weigh<3> : step == 2 ? weigh<2> : weigh<1>;
-        f(w, pitch, rows_v, m, VP, sums + r * VP);
+    read(values, n, a.DV, VP, rows_v, [&](const auto& reader, int at, int count) {
+      by_rows(R, [&](int r, auto step) {
+        weigh<step()>(reader, count, logits + r * pitch + at, pitch, sums + r * VP, VP);
       });
-    }
+    });
   }
 
   void key_dots(const Source& keys, int n) {
     const float* queries = keys.bits == EXACT ? q : turned_q;
+    read(keys, n, a.D, DP, rows_k, [&](const auto& reader, int at, int count) {
+      by_rows(R, [&](int r, auto step) {
+        dots<step()>(reader, count, queries + r * DP, DP, logits + r * pitch + at, pitch);
+      });
+    });
+  }
+
+  // Calls f(reader, first token, tokens): on the codes themselves while few rows use them, else on floats in blocks.
+  template <class F>
+  void read(const Source& s, int n, int dim, int width, float* rows, F f) {
+    if (R <= 4 && with_codes(s, dim, a.levels, [&](const auto& reader) { f(reader, 0, n); })) return;
     for (int i = 0; i < n; i += BLOCK) {
       const int m = std::min(BLOCK, n - i);
-      float_rows(a, keys, i, m, a.D, DP, rows_k, codes.data());
-      by_rows(R, [&](int r, int step) {
-        auto f = step == 3 ? dots<3> : step == 2 ? dots<2> : dots<1>;
-        f(queries + r * DP, rows_k, m, DP, logits + r * pitch + i, pitch);
-      });
+      float_rows({s.data + i * s.stride, s.bits, s.type, s.stride}, m, dim, a.levels, width, rows, codes.data());
+      f(Floats{rows, width, width / 2}, i, m);
     }
   }
 

@@ -1,0 +1,228 @@
+"""Explain: every attention of a model, what the backend would do with it and why, without compiling anything."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from sphkv_compile.backend import backend
+from sphkv_compile.ops.decode import attend
+from sphkv_compile.passes.match import Verdict
+from sphkv_compile.runtime import log
+from sphkv_compile.runtime.arena import Arena
+from sphkv_compile.runtime.layout import Layout
+from sphkv_compile.runtime.pool import arena_bytes, reserve
+from sphkv_compile.runtime.state import LENGTH, Geometry, empty_state
+from sphkv_compile.spec import CacheSpec
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """One attention.
+
+    Args:
+        idiom: how its cache is written, or None where it stays dense.
+        reason: why it stays dense.
+        node, source: the FX node, and the user's line.
+
+    Units: bytes per token over all kv heads, dense and coded beyond the window.
+    """
+
+    graph: int
+    node: str
+    source: str
+    idiom: str | None
+    reason: str | None
+    shape: str = ""
+    rope: str = ""
+    dense_bytes: float = 0.0
+    coded_bytes: float = 0.0
+
+
+@dataclass
+class Explanation:
+    """What would become of a model.
+
+    Args:
+        break_even: cached tokens from which a decode step's attention is predicted faster than dense on this device;
+            None where it never is up to the longest length tried, or nothing matched.
+
+    Units: tokens.
+    """
+
+    rows: list[SiteRow]
+    spec: CacheSpec
+    graphs: int
+    break_even: int | None
+    device: str
+
+    @property
+    def matched(self) -> int:
+        return sum(row.idiom is not None for row in self.rows)
+
+    @property
+    def refused(self) -> list[SiteRow]:
+        return [row for row in self.rows if row.idiom is None]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield _table(self)
+        yield Text(f"{self.matched} of {len(self.rows)} attentions matched, in {self.graphs} graphs, at {self.spec.tier}.")
+        if self.matched:
+            text = f"from {self.break_even:,} cached tokens on" if self.break_even else f"at no length up to {LENGTHS[-1]:,} tokens"
+            yield Text(f"Predicted faster than dense on {self.device}: {text}.")
+        if not self.rows:
+            yield Text("No attention was found: is the model compiled with its cache, and not with attn_implementation='eager'?")
+
+
+def explain(model: Callable, *args: Any, options: dict | None = None, measure: bool = True, **kwargs: Any) -> Explanation:
+    """Trace ``model(*args, **kwargs)`` and say what the backend does with each attention in it.
+
+    The call runs on copies, dense and uncompiled; the model's caches are as before. With no inputs, a transformers
+    model is traced at one decode step over a StaticCache.
+
+    Args:
+        options: as for ``torch.compile(..., options=...)``.
+        measure: time attention on this device to predict the break-even length.
+    """
+    if not args and not kwargs:
+        args, kwargs = (), _example_call(model)
+    options = {**(options or {}), "inductor": False, "strict": False}
+    spec = CacheSpec.from_options({k: v for k, v in options.items() if k != "inductor"})
+    args, kwargs = copy.deepcopy((args, kwargs))
+    seen: list[log.Compiled] = []
+    with torch.no_grad(), log.listening(seen.append):
+        torch.compile(_call(model), backend=backend, options=options, dynamic=False)(*args, **kwargs)
+    rows = [_row(i, verdict, spec) for i, graph in enumerate(seen) for verdict in graph.verdicts]
+    sites = [v.site for graph in seen for v in graph.verdicts if v.site]
+    even = break_even(spec, *_attention_shape(sites[0])) if sites and measure else None
+    device = str(sites[0].k_buf.meta["val"].device) if sites else "cpu"
+    return Explanation(rows, spec, len(seen), even, device)
+
+
+def _call(model: Callable) -> Callable:
+    return model.forward if isinstance(model, torch.nn.Module) else model
+
+
+def _example_call(model: Callable) -> dict:
+    """One decode step of a transformers model over a static cache."""
+    if not hasattr(model, "config"):
+        raise TypeError("explain(model) without inputs understands transformers models only; pass a decode step's inputs")
+    from sphkv_compile.integrations.transformers import decode_step
+
+    return decode_step(model)
+
+
+def _row(graph: int, verdict: Verdict, spec: CacheSpec) -> SiteRow:
+    if verdict.site is None:
+        return SiteRow(graph, verdict.node, verdict.source, None, str(verdict.refusal))
+    site = verdict.site
+    k, v = site.k_buf.meta["val"], site.v_buf.meta["val"]
+    heads, k_dim, v_dim = int(k.shape[1]), k.shape[-1], v.shape[-1]
+    layout = Layout.of(spec, *site.rope)
+    coded = bytes_per_token(layout, k_dim, v_dim, (k.dtype.itemsize, v.dtype.itemsize))
+    dense = k_dim * k.dtype.itemsize + v_dim * v.dtype.itemsize
+    shape = f"{site.q.meta['val'].shape[1]}/{heads} heads, D {k_dim}" + ("" if k_dim == v_dim else f"/{v_dim}")
+    return SiteRow(graph, verdict.node, verdict.source, site.idiom, None, shape, site.rope[0], dense * heads, coded * heads)
+
+
+def bytes_per_token(layout: Layout, k_dim: int, v_dim: int, itemsize: tuple[int, int]) -> float:
+    """Bytes that one coded token of one kv head costs: its page's share, position, page-table entry and anchor row."""
+    page = layout.page_bytes(layout.tiers[0], k_dim, v_dim, itemsize) / layout.page
+    return page + 4 + 5 / layout.page + (k_dim + 4) / layout.span
+
+
+LENGTHS = (512, 2048, 8192)
+"""Cached tokens at which attention is timed for the break-even prediction."""
+
+
+def _attention_shape(site: Any) -> tuple:
+    q, k, v = (n.meta["val"] for n in (site.q, site.k_buf, site.v_buf))
+    return int(q.shape[1]), int(k.shape[1]), k.shape[-1], v.shape[-1], k.dtype, k.device
+
+
+def break_even(
+    spec: CacheSpec, hq: int, h: int, k_dim: int, v_dim: int, dtype: torch.dtype, device: torch.device
+) -> int | None:
+    """Cached tokens from which one decode attention over codes is faster than over dense keys and values.
+
+    Both are timed at a few lengths, and the crossing of the lines between them is returned.
+
+    Units: tokens.
+    """
+    times = [(n, *_time_attention(spec, n, hq, h, k_dim, v_dim, dtype, device)) for n in LENGTHS]
+    previous = None
+    for n, ours, dense in times:
+        gap = ours - dense
+        if gap <= 0:
+            if previous is None:
+                return n
+            n0, gap0 = previous
+            return round(n0 + (n - n0) * gap0 / (gap0 - gap))
+        previous = (n, gap)
+    return None
+
+
+def _time_attention(spec: CacheSpec, n: int, hq: int, h: int, k_dim: int, v_dim: int, dtype, device) -> tuple[float, float]:
+    """Seconds of one decode attention over ``n`` cached tokens: codes, dense."""
+    layout = Layout.of(spec, "half", k_dim if k_dim % 2 == 0 else 0)
+    g = Geometry(1, h, n, k_dim, v_dim, dtype, dtype, False)
+    arena = Arena(max(64, arena_bytes(layout, g)), device)
+    state = empty_state(layout, g, arena.data)
+    state.rows[:, 0] = 0
+    reserve(state, layout, g, arena, n)
+    spans = layout.coded_spans(n)
+    state.rows[0, LENGTH], state.rows[0, 2], state.rows[0, 4] = n - 1, spans, 1
+    tokens = layout.sink + torch.arange(spans * layout.span, dtype=torch.int32, device=device)
+    state.positions[:, :, : spans * layout.pages_per_span] = tokens.view(1, 1, -1, layout.page)
+    make = torch.Generator().manual_seed(0)
+    q, new_k, new_v, k, v = (
+        torch.randn(*shape, generator=make).to(device, dtype)
+        for shape in ((1, hq, 1, k_dim), (1, h, 1, k_dim), (1, h, 1, v_dim), (1, h, n, k_dim), (1, h, n, v_dim))
+    )
+    mask = torch.ones(1, 1, 1, n, dtype=torch.bool, device=device)
+    ours = _median(lambda: attend(state, layout, q, new_k, new_v, n - 1, 0, n, mask, False, None))
+    dense = _median(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=hq != h))
+    return ours, dense
+
+
+def _median(run: Callable[[], Any], repeats: int = 9) -> float:
+    run()
+    seconds = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
+
+
+def _table(e: Explanation) -> Table:
+    table = Table(title="attentions", title_justify="left")
+    for name in ("graph", "sites", "idiom or reason", "shape", "RoPE", "bytes/token", "coded", "source"):
+        table.add_column(name, overflow="fold")
+    groups: dict[tuple, list[SiteRow]] = {}
+    for row in e.rows:
+        key = (row.graph, row.idiom, row.reason, row.shape, row.rope, row.dense_bytes, row.coded_bytes, row.source)
+        groups.setdefault(key, []).append(row)
+    for (graph, idiom, reason, shape, rope, dense, coded, source), rows in groups.items():
+        what = Text(idiom, style="green") if idiom else Text(f"dense: {reason}", style="yellow")
+        names = rows[0].node if len(rows) == 1 else f"{len(rows)} ({rows[0].node}..{rows[-1].node})"
+        numbers = (f"{dense:.0f}", f"{coded:.1f} ({coded / dense:.3f})") if idiom else ("", "")
+        table.add_row(str(graph), names, what, shape, rope, *numbers, _short(source))
+    return table
+
+
+def _short(source: str) -> str:
+    parts = source.split("/")
+    return "/".join(parts[-2:])
