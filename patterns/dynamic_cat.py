@@ -36,7 +36,7 @@ def check(match: Match) -> Refusal | None:
         if buf in returned:
             return Refusal("other_readers", f"{buf.name} is returned as well")
     if match.kwargs["columns"] is not None:
-        return Refusal("unknown_write", "part of the grown cache is read")
+        return Refusal("partial_read", f"{match.kwargs['columns']} columns of the grown cache are read")
     return None
 
 

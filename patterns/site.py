@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch._inductor.pattern_matcher import MULTIPLE, CallFunction, KeywordArg, Match, PatternExpr
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sphkv_compile.codecs.rotation import rotation
 from sphkv_compile.ops import schema
@@ -19,6 +20,7 @@ REFUSALS: dict[str, str] = {
     "not_sdpa": "attention is written as matmul and softmax (soft cap, learned sinks, attn_implementation='eager')",
     "no_cache_write": "K and V do not come from a cache: plain attention, or the first prefill of a growing cache",
     "unknown_write": "K and V come from an operation that no idiom describes (unknown window, latent or quantised cache)",
+    "rank": "queries and cache are not both [batch, heads, tokens, head_dim] with one batch size",
     "dropout": "dropout_p is not zero",
     "head_counts": "query heads are not a whole multiple of the cache's heads",
     "head_dim": "no rotation is known for this head_dim",
@@ -27,9 +29,10 @@ REFUSALS: dict[str, str] = {
     "not_an_input": "the cache is computed inside the graph, so it cannot be replaced by codes",
     "not_stored": "the write is not stored back to the cache whole, exactly once",
     "other_readers": "something besides this attention reads the cache",
-    "value_shape": "the written value is broadcast or has another dtype",
+    "value_shape": "the written value is not one token per query, whole and in the cache's dtype",
+    "scattered": "the cache is written by a mask or a table, not by one integer position per token",
     "unmasked_slots": "no mask hides the slots after the newest token",
-    "scattered": "several tokens are written at positions that are not provably consecutive",
+    "partial_read": "the attention reads a part of the cache that may lack the newest tokens",
     "shared_storage": "K and V share memory with each other or with another tensor, which freeing would break",
 }
 """Why a site stays dense: code -> sentence. The README's table is generated from this."""
@@ -115,10 +118,22 @@ def shape(node: Node) -> torch.Size:
     return node.meta["val"].shape
 
 
+def size(x: Any) -> Any:
+    """A size as a number, be it in the graph as a node or as it is."""
+    return x.meta["val"] if isinstance(x, Node) else x
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal for every input that this graph serves; adds no guard."""
+    return statically_known_true(a == b)
+
+
 def check_attention(match: Match) -> Refusal | None:
     """The conditions on the attention itself, whatever the idiom."""
     c = match.kwargs
     k_buf, v_buf, q = c["k_buf"], c["v_buf"], c["q"]
+    if refusal := _check_rank(q, k_buf, v_buf):
+        return refusal
     if c["dropout_p"] != 0:
         return Refusal("dropout", f"dropout_p={c['dropout_p']}")
     if k_buf is v_buf:
@@ -131,27 +146,48 @@ def check_attention(match: Match) -> Refusal | None:
     heads, group_heads = shape(k_buf)[1], shape(q)[1]
     if shape(v_buf)[1] != heads or group_heads % heads or (group_heads != heads and not c["enable_gqa"]):
         return Refusal("head_counts", f"{group_heads} query heads, {heads} and {shape(v_buf)[1]} in the cache")
-    for buf in (k_buf, v_buf):
-        dim = shape(buf)[-1]
-        try:
-            rotation(dim)
-        except ValueError as error:
-            return Refusal("head_dim", str(error))
-        if dim % 8:
-            return Refusal("head_dim", f"{dim} is no multiple of 8")
-    return _check_values(match)
+    return _check_head_dim(k_buf) or _check_head_dim(v_buf) or _check_mask(match) or _check_values(match)
+
+
+def _check_rank(q: Node, k_buf: Node, v_buf: Node) -> Refusal | None:
+    """Patterns count dimensions from the left, so that a cache without batch would be written along another."""
+    shapes = [shape(x) for x in (q, k_buf, v_buf)]
+    if any(len(s) != 4 or not same(s[0], shapes[0][0]) for s in shapes):
+        return Refusal("rank", f"queries {list(shapes[0])}, keys {list(shapes[1])}, values {list(shapes[2])}")
+    return None
+
+
+def _check_head_dim(buf: Node) -> Refusal | None:
+    dim = shape(buf)[-1]
+    if not isinstance(dim, int):
+        return Refusal("head_dim", f"{dim} differs from call to call")
+    try:
+        rotation(dim)
+    except ValueError as error:
+        return Refusal("head_dim", str(error))
+    return Refusal("head_dim", f"{dim} is no multiple of 8") if dim % 8 else None
+
+
+def _check_mask(match: Match) -> Refusal | None:
+    """A mask must say something of each column: one that is broadcast over the columns cannot hide a slot."""
+    mask, columns = match.kwargs["mask"], match.kwargs["columns"]
+    read = shape(match.kwargs["k_buf"])[2] if columns is None else size(columns)
+    if mask is not None and same(shape(mask)[-1], 1) and not same(read, 1):
+        return Refusal("unmasked_slots", f"{mask.name} says the same of every column")
+    return None
 
 
 def _check_values(match: Match) -> Refusal | None:
     """The written values must be the whole new tokens, in the cache's dtype."""
-    c = match.kwargs
+    c, t = match.kwargs, tokens(match)
     for value, buf in ((c["k"], c["k_buf"]), (c["v"], c["v_buf"])):
         b, h, _, d = shape(buf)
         have = value.meta["val"]
-        whole = have.dim() == 4 and have.shape[0] == b and have.shape[1] == h and have.shape[3] == d
-        squeezed = have.dim() < 4 and have.shape[-1] == d and have.numel() == b * h * d * tokens(match)
+        whole = have.dim() == 4 and all(map(same, have.shape, (b, h, t, d)))
+        # Item assignment squeezes leading ones away; as many elements are left, so nothing is broadcast.
+        squeezed = 0 < have.dim() < 4 and same(have.shape[-1], d) and same(have.numel(), b * h * t * d)
         if have.dtype != buf.meta["val"].dtype or not (whole or squeezed):
-            return Refusal("value_shape", f"{value.name}: {have.dtype} {list(have.shape)}")
+            return Refusal("value_shape", f"{value.name}: {have.dtype} {list(have.shape)} for {t} tokens")
     return None
 
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from torch._inductor.pattern_matcher import KeywordArg, Match
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .site import Refusal, Site, aten, attention, base_site, call, check_attention, check_stored, shape, stores, tokens
+from .site import (
+    Refusal, Site, aten, attention, base_site, call, check_attention, check_stored, same, shape, size, stores, tokens, writes,
+)  # fmt: skip
 
 
 def write(buf: str, new: str):
@@ -28,26 +31,27 @@ PATTERN = attention(write("k_buf", "k"), write("v_buf", "v"))
 def check(match: Match) -> Refusal | None:
     """What the shape alone does not say: None, or the reason to leave the site dense."""
     c = match.kwargs
-    bufs = c["k_buf"], c["v_buf"]
-    if refusal := check_attention(match) or check_stored(match, {buf: _only_shapes(buf) for buf in bufs}):
+    allowed = {buf: _only_shapes(buf, writes(match)) for buf in (c["k_buf"], c["v_buf"])}
+    if refusal := check_attention(match) or check_stored(match, allowed):
         return refusal
-    if c["mask"] is None and not c["is_causal"] and c["columns"] is not c["end"] and c["columns"] != c["end"]:
-        return Refusal(
-            "unmasked_slots", f"{c['columns'] or shape(c['k_buf'])[2]} columns are read, {c['end']} are written"
-        )
-    start, end = (x.meta["val"] if isinstance(x, Node) else x for x in (c["start"], c["end"]))
-    if start < 0 or end - start != tokens(match):
-        return Refusal("value_shape", f"{end - start} slots for {tokens(match)} tokens")
+    start, end, columns = size(c["start"]), size(c["end"]), size(c["columns"])
+    if start < 0 or not same(end - start, tokens(match)):
+        return Refusal("value_shape", f"slots {start}..{end} for {tokens(match)} tokens")
+    read = shape(c["k_buf"])[2] if columns is None else columns
+    if c["mask"] is None and not c["is_causal"] and not same(read, end):
+        return Refusal("unmasked_slots", f"{read} columns are read, {end} are written")
+    if columns is not None and not statically_known_true(columns >= end):
+        return Refusal("partial_read", f"{read} columns are read, {end} are written")
     return None
 
 
-def _only_shapes(buf: Node) -> tuple[Node, ...]:
-    """Slices of the buffer of which only the shape is used: each user is a ``copy`` that overwrites them."""
-    return tuple(
-        s
-        for s in buf.users
-        if s.target is aten.slice.Tensor and all(u.target is aten.copy.default and u.args[0] is s for u in s.users)
-    )
+def _only_shapes(buf: Node, writes: tuple[Node, Node]) -> tuple[Node, ...]:
+    """Slices of the buffer of which only the shape is used: each user is a ``copy`` that overwrites them, for a write."""
+
+    def overwritten(s: Node, user: Node) -> bool:
+        return user.target is aten.copy.default and user.args[0] is s and set(user.users) <= set(writes)
+
+    return tuple(s for s in buf.users if s.target is aten.slice.Tensor and all(overwritten(s, u) for u in s.users))
 
 
 def site(match: Match) -> Site:

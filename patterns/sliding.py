@@ -61,7 +61,7 @@ def check(match: Match) -> Refusal | None:
     if tokens(match) != 1:
         return Refusal("unknown_write", "several tokens enter a full window")
     if c["columns"] is not None:
-        return Refusal("unknown_write", "part of a sliding window is read")
+        return Refusal("partial_read", f"{c['columns']} columns of a sliding window are read")
     return None
 
 

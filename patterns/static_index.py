@@ -7,9 +7,10 @@ A sliding layer that still fills its window writes the same way.
 
 from __future__ import annotations
 
+import torch
 from torch._inductor.pattern_matcher import KeywordArg, Match
 
-from .site import Refusal, Site, aten, attention, base_site, call, check_attention, check_stored, shape, stores
+from .site import Refusal, Site, aten, attention, base_site, call, check_attention, check_stored, same, shape, stores, tokens
 
 
 def write(buf: str, new: str):
@@ -25,8 +26,13 @@ def check(match: Match) -> Refusal | None:
     if refusal := check_attention(match) or check_stored(match):
         return refusal
     c = match.kwargs
-    if c["mask"] is None and not c["is_causal"] and c["columns"] is None:
-        return Refusal("unmasked_slots", f"all {shape(c['k_buf'])[2]} columns are read")
+    pos = c["pos"].meta["val"]
+    if pos.dtype not in (torch.int64, torch.int32) or pos.dim() != 1 or not same(pos.shape[0], tokens(match)):
+        return Refusal("scattered", f"{c['pos'].name}: {pos.dtype} {list(pos.shape)} for {tokens(match)} tokens")
+    if c["mask"] is None and not c["is_causal"]:
+        return Refusal("unmasked_slots", f"{c['columns'] or shape(c['k_buf'])[2]} columns are read")
+    if c["mask"] is None and c["columns"] is not None:
+        return Refusal("partial_read", f"{c['columns']} columns are read, and nothing says where the newest token is")
     return None
 
 

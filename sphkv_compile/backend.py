@@ -19,10 +19,11 @@ from sphkv_compile.passes.lift import lift, strip_owned
 from sphkv_compile.passes.match import Verdict, match
 from sphkv_compile.passes.normalize import normalize, settle
 from sphkv_compile.passes.prologue import prologue_of, snapshot, token_counter
-from sphkv_compile.passes.rewrite import rewrite
+from sphkv_compile.passes.rewrite import geometry, rewrite
 from sphkv_compile.passes.verify import verify
 from sphkv_compile.patterns import Refusal
 from sphkv_compile.runtime import log
+from sphkv_compile.runtime.budget import resolve
 from sphkv_compile.runtime.runner import Runner, release_others
 from sphkv_compile.spec import CacheSpec
 
@@ -76,6 +77,7 @@ def compile_inner(
         run = compiler(gm, example_inputs, **kwargs)
         return _guarding(run, lookout)
     dense, prologue, count = snapshot(gm), prologue_of(gm, sites), token_counter(gm, sites[0])
+    spec = resolve(spec, [geometry(site) for site in sites])
     rewritten = rewrite(gm, sites, spec)
     settle(gm)
     verify(gm, rewritten)

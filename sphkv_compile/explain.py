@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -34,6 +35,7 @@ class SiteRow:
         idiom: how its cache is written, or None where it stays dense.
         reason: why it stays dense.
         node, source: the FX node, and the user's line.
+        shape: query and kv heads, head_dim, rotary embedding.
 
     Units: bytes per token over all kv heads, dense and coded beyond the window.
     """
@@ -44,7 +46,6 @@ class SiteRow:
     idiom: str | None
     reason: str | None
     shape: str = ""
-    rope: str = ""
     dense_bytes: float = 0.0
     coded_bytes: float = 0.0
 
@@ -131,8 +132,9 @@ def _row(graph: int, verdict: Verdict, spec: CacheSpec) -> SiteRow:
     layout = Layout.of(spec, *site.rope)
     coded = bytes_per_token(layout, k_dim, v_dim, (k.dtype.itemsize, v.dtype.itemsize))
     dense = k_dim * k.dtype.itemsize + v_dim * v.dtype.itemsize
-    shape = f"{site.q.meta['val'].shape[1]}/{heads} heads, D {k_dim}" + ("" if k_dim == v_dim else f"/{v_dim}")
-    return SiteRow(graph, verdict.node, verdict.source, site.idiom, None, shape, site.rope[0], dense * heads, coded * heads)
+    dims = str(k_dim) if k_dim == v_dim else f"{k_dim}/{v_dim}"
+    shape = f"{site.q.meta['val'].shape[1]}/{heads}, {dims}, {site.rope[0]}"
+    return SiteRow(graph, verdict.node, verdict.source, site.idiom, None, shape, dense * heads, coded * heads)
 
 
 def bytes_per_token(layout: Layout, k_dim: int, v_dim: int, itemsize: tuple[int, int]) -> float:
@@ -209,20 +211,16 @@ def _median(run: Callable[[], Any], repeats: int = 9) -> float:
 
 def _table(e: Explanation) -> Table:
     table = Table(title="attentions", title_justify="left")
-    for name in ("graph", "sites", "idiom or reason", "shape", "RoPE", "bytes/token", "coded", "source"):
+    for name in ("graph", "sites", "idiom or reason", "heads, D, RoPE", "bytes/token", "source"):
         table.add_column(name, overflow="fold")
     groups: dict[tuple, list[SiteRow]] = {}
     for row in e.rows:
-        key = (row.graph, row.idiom, row.reason, row.shape, row.rope, row.dense_bytes, row.coded_bytes, row.source)
-        groups.setdefault(key, []).append(row)
-    for (graph, idiom, reason, shape, rope, dense, coded, source), rows in groups.items():
-        what = Text(idiom, style="green") if idiom else Text(f"dense: {reason}", style="yellow")
-        names = rows[0].node if len(rows) == 1 else f"{len(rows)} ({rows[0].node}..{rows[-1].node})"
-        numbers = (f"{dense:.0f}", f"{coded:.1f} ({coded / dense:.3f})") if idiom else ("", "")
-        table.add_row(str(graph), names, what, shape, rope, *numbers, _short(source))
+        groups.setdefault(dataclasses.astuple(dataclasses.replace(row, node="")), []).append(row)
+    for rows in groups.values():
+        row = rows[0]
+        names = row.node if len(rows) == 1 else f"{len(rows)}: {row.node}..{rows[-1].node}"
+        what = Text(row.idiom, style="green") if row.idiom else Text(f"dense: {row.reason}", style="yellow")
+        ratio = row.coded_bytes / row.dense_bytes if row.idiom else 0
+        numbers = f"{row.dense_bytes:.0f} -> {row.coded_bytes:.0f} ({ratio:.3f})" if row.idiom else ""
+        table.add_row(str(row.graph), names, what, row.shape, numbers, row.source.rpartition("/")[2])
     return table
-
-
-def _short(source: str) -> str:
-    parts = source.split("/")
-    return "/".join(parts[-2:])

@@ -105,7 +105,7 @@ class CacheSpec:
         if self.budget is None:
             _ = self.tier  # a bad width is named here, not at the first step
         else:
-            parse_bytes(self.budget, dense=1)
+            parse_bytes(self.budget, dense=1 << 62)  # the form is checked here, the size where the cache is known
 
     @property
     def tier(self) -> Tier:

@@ -16,18 +16,24 @@ def first_position(state: State, pos: Tensor | None, start: int | None, count: i
     """Absolute position of the first of ``count`` new tokens.
 
     Raises:
-        ValueError: ``pos`` is not consecutive; nothing has been written.
+        ValueError: the positions are not consecutive, or leave a gap behind the newest token; nothing has been written.
     """
-    base = int(state.rows[0, BASE])
-    if pos is None:
-        return base + start if start is not None else int(state.rows[0, LENGTH])
-    values = pos.tolist()
-    if values != list(range(values[0], values[0] + count)):
+    base, length = int(state.rows[0, BASE]), int(state.rows[0, LENGTH])
+    first = length if start is None else base + start
+    if pos is not None:
+        values = pos.tolist()
+        first = base + values[0]
+        if values[0] < 0 or values != list(range(values[0], values[0] + count)):
+            raise ValueError(
+                f"sphkv: the cache was written at positions {values[:8]}...; expected consecutive ones from 0 or more. "
+                "Write scattered positions in eager code, or compile that step with another backend."
+            )
+    if first > length:
         raise ValueError(
-            f"sphkv: the cache was written at positions {values[:8]}...; expected consecutive ones. "
-            "Write scattered positions in eager code, or compile that step with another backend."
+            f"sphkv: the cache was written at position {first - base} while it holds {length - base} tokens; expected "
+            f"{length - base} or less. Fill the gap first, or write it in eager code."
         )
-    return base + values[0]
+    return first
 
 
 def visible(mask: Tensor) -> Tensor:
@@ -38,11 +44,11 @@ def visible(mask: Tensor) -> Tensor:
 def real_starts(mask: Tensor | None, first: int, base: int, count: int, batch: int) -> list[int]:
     """Position of each row's first real token among ``count`` new ones; -1 where all are padding.
 
-    A token is real when it may see itself. Shapes: ``mask`` [B or 1, heads or 1, T or 1, n].
+    A token is real when it may see itself. Shapes: ``mask`` [B or 1, heads or 1, T or 1, n or 1].
     """
     if mask is None:
         return [first] * batch
-    columns = torch.arange(first - base, first - base + count, device=mask.device)
+    columns = torch.arange(first - base, first - base + count, device=mask.device).clamp(max=mask.shape[3] - 1)
     rows = mask.expand(-1, -1, count, -1) if mask.shape[2] == 1 else mask
     own = visible(rows.gather(-1, columns.view(1, 1, -1, 1).expand(*rows.shape[:2], -1, 1)).squeeze(-1)).any(1)
     at = torch.where(own.any(-1), first + own.int().argmax(-1), -1)

@@ -19,8 +19,6 @@ __all__ = ["append_in_window", "attend"]
 
 ROWS = 32
 """Query rows of one kv head (its query heads times the new tokens) up to which the fused kernel serves."""
-_OVERREAD = 32
-"""Bytes past a token's codes that the kernel may read: a page must have that much behind them."""
 
 
 def attend(
@@ -38,21 +36,47 @@ def attend(
 ) -> Tensor:
     """Same arguments, shapes and result as :func:`sphkv_compile.ops.reference.attend_reference`."""
     arguments = state, layout, q, k, v, first, base, columns, mask, is_causal, scale
-    if _served(q, k, v, mask, layout) and (library := _checked_library()) is not None:
+    if _served(layout, q, k, v, mask) and (library := _checked_library()) is not None:
         out = binding.attend(library, *arguments)
         if out is not None:
             return out
-    return blockwise.attend(*arguments)  # and a mask that shows dropped slots is refused there
+    return blockwise.attend(*arguments)  # which also refuses a mask that shows dropped slots
 
 
-def _served(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, layout: Layout) -> bool:
+def append_in_window(
+    state: State,
+    layout: Layout,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor | None,
+    start: int | None,
+    rolling: bool,
+) -> bool:
+    """The common append, in a few microseconds: tokens enter the sinks or the window, and no span leaves it.
+
+    False, and nothing was written, for any other append: ``ops/append.py`` then does it.
+    """
+    served = (
+        k.device.type == "cpu"
+        and k.dtype == state.exact_k.dtype
+        and v.dtype == state.exact_v.dtype
+        and (q is None or q.dtype in binding.TYPES)
+        and (pos is None or (pos.dtype == torch.int64 and pos.is_contiguous()))
+    )
+    if not served or (library := binding.library()) is None:
+        return False
+    return binding.append(library, state, layout, q, k, v, pos, start, rolling)
+
+
+def _served(layout: Layout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     """Whether the fused kernel is made for such a call."""
     types = binding.TYPES
     return (
         q.shape[1] * q.shape[2] <= ROWS * k.shape[1]
         and q.device.type == "cpu"
         and layout.codec == "axis_cosine"
-        and layout.page * 2 >= _OVERREAD
+        and layout.page % 16 == 0  # so that what a vector reads past a page's last code is the page's own metadata
         and q.shape[3] % 8 == v.shape[3] % 8 == 0
         and q.dtype in types
         and k.dtype in types

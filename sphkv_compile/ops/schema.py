@@ -57,20 +57,25 @@ def _place(state: State, pos, start, count: int, columns: int | None, rolling: b
     """Position of the first new token, and of column 0 once it is written.
 
     Raises:
-        RuntimeError: a rolling window whose newest column is not where the dense buffer has it.
+        IndexError: a write past the last column; RuntimeError: a rolling window whose newest column is not where the
+        dense buffer has it.
     """
     first, base = first_position(state, pos, start, count), int(state.rows[0, BASE])
-    if not rolling:
-        return first, base
-    if columns is not None and first - base != columns:
-        raise RuntimeError(f"sphkv: a full sliding window of {columns} columns was written after {first - base} tokens")
-    return first, base + 1
+    if rolling:
+        if columns is not None and first - base != columns:
+            raise RuntimeError(f"sphkv: a full sliding window of {columns} columns was written after {first - base} tokens")
+        return first, base + 1
+    if columns is not None and first - base + count > columns:
+        raise IndexError(f"sphkv: a write at {first - base}..{first - base + count - 1} into a cache of {columns} columns")
+    return first, base
 
 
 def _attend(*args):
     state = State(*args[:_N])
     q, k, v, pos, start, columns, mask, is_causal, scale, layout, rolling = args[_N:]
     first, base = _place(state, pos, start, k.shape[2], columns, rolling)
+    if mask is not None and mask.shape[3] == 1 < columns:
+        mask = mask.expand(-1, -1, -1, columns)
     return decode.attend(state, Layout.parse(layout), q, k, v, first, base, columns, mask, is_causal, scale)
 
 

@@ -103,10 +103,14 @@ def _behind(node: Node, depth: int) -> set[Node]:
     return seen
 
 
+_SHARED_CODE = ("/torch/", "/transformers/integrations/")
+
+
 def source_line(node: Node) -> str:
-    """``file:line`` of the user's code that a node stems from; the innermost frame outside torch."""
+    """``file:line`` of the user's code that a node stems from: the innermost frame that is neither torch's nor the
+    attention dispatch of transformers, which all its models share."""
     frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")]
-    frames = [f for f in frames if "/torch/" not in f] or frames
+    frames = [f for f in frames if not any(part in f for part in _SHARED_CODE)] or frames
     if not frames:
         return ""
     path, line, *_ = frames[-1].removeprefix("File ").split(",")

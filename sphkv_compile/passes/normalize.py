@@ -2,6 +2,7 @@
 
 * ``repeat_kv`` (unsqueeze, expand, clone, view) folds into ``enable_gqa``
 * a read of the first n columns folds into ``columns``
+* a mask gets its leading dimensions
 * default arguments are dropped, dimensions of ``cat`` and ``slice`` counted the same way
 """
 
@@ -31,6 +32,7 @@ def normalize(gm: GraphModule) -> None:
         marker.args = (*marker.args, None)[: COLUMNS + 1]
         while _fold_repeat(marker) or _fold_columns(marker):
             pass
+        _widen_mask(marker)
     graph.eliminate_dead_code()
     gm.recompile()
 
@@ -94,6 +96,8 @@ def _read_columns(node: Node) -> tuple[Node, Node | int] | None:
     """A read of the first columns: of what, and how many."""
     if not _is(node, aten.slice.Tensor) or len(node.args) != 4 or node.args[1] not in (2, -2) or node.args[2] != 0:
         return None
+    if isinstance(node.args[3], int):
+        return node.args[0], _shape(node)[2]  # a negative or too large end has become a count
     return node.args[0], node.args[3]
 
 
@@ -107,3 +111,14 @@ def _fold_columns(marker: Node) -> bool:
     args[K], args[V], args[COLUMNS] = found[0][0], found[1][0], found[0][1]
     marker.args = tuple(args)
     return True
+
+
+def _widen_mask(marker: Node) -> None:
+    """A mask of fewer dimensions than the queries: as [B or 1, heads or 1, T or 1, columns], which it stands for."""
+    mask = marker.args[MASK]
+    while mask is not None and mask.meta["val"].dim() < _shape(marker.args[Q]).__len__():
+        with marker.graph.inserting_before(marker):
+            wider = marker.graph.call_function(aten.unsqueeze.default, (mask, 0))
+        wider.meta["val"] = mask.meta["val"].unsqueeze(0)
+        mask = wider
+    marker.update_arg(MASK, mask)

@@ -96,12 +96,17 @@ def _bind(site: Site, layout: Layout, index: dict[Node, int], output: Node) -> B
 def _fake_state(layout: Layout, site: Site) -> list[torch.Tensor]:
     """Stand-ins for the state, of the right dtypes. Their sizes are a hint only: a plan may lay the state out anew
     between steps (a growing cache), so Inductor's size assertions are off for our graphs."""
-    k, v = site.k_buf.meta["val"], site.v_buf.meta["val"]
-    sizes = [_hint(n) for n in k.shape]
+    k = site.k_buf.meta["val"]
     with k.fake_mode:
-        geometry = Geometry(*sizes, _hint(v.shape[-1]), k.dtype, v.dtype, site.rolling)
         arena = torch.zeros(1 << 16, dtype=torch.uint8, device=k.device)
-        return list(empty_state(layout, geometry, arena))
+        return list(empty_state(layout, geometry(site)._replace(capacity=_hint(k.shape[2])), arena))
+
+
+def geometry(site: Site) -> Geometry:
+    """Shape of a site's dense cache; a cache that grows has capacity 0."""
+    k, v = site.k_buf.meta["val"], site.v_buf.meta["val"]
+    b, h, capacity, d = (_hint(n) for n in k.shape)
+    return Geometry(b, h, 0 if site.outputs else capacity, d, _hint(v.shape[-1]), k.dtype, v.dtype, site.rolling)
 
 
 def _hint(size: int | torch.SymInt) -> int:

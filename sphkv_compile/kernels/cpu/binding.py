@@ -31,7 +31,7 @@ _BOOL, _NONE = 3, 4
 _FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast")
 
 _ATTEND = struct.Struct("=15q12q14q5q10qd")
-_APPEND = struct.Struct("=8q18q5q")
+_APPEND = struct.Struct("=10q18q5q")
 
 
 class Library(NamedTuple):
@@ -133,14 +133,14 @@ def append(
     rolling: bool,
 ) -> bool:
     """Append tokens that only enter the sinks or the window; False, and nothing was written, where they do more."""
-    k, v = _rows(k), _rows(v)
-    queries = 0 if q is None else q.data_ptr()
-    q = k if q is None else _rows(q)
+    k, v, seen = _rows(k), _rows(v), q is not None
+    q = _rows(q) if seen else k
     (b, h, t, d), dv = k.shape, v.shape[3]
+    memory = state.exact_k, state.exact_v, state.moments, state.energy, state.pair_scale, state.rows
     packed = _APPEND.pack(
-        *(state.exact_k.data_ptr(), state.exact_v.data_ptr(), state.moments.data_ptr(), state.rows.data_ptr()),
-        *(q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if pos is None else pos.data_ptr()),
-        *(b, h, q.shape[1] // h, t, d, dv, TYPES[q.dtype], k.element_size(), v.element_size()),
+        *[x.data_ptr() for x in memory],
+        *(q.data_ptr() if seen else 0, k.data_ptr(), v.data_ptr(), 0 if pos is None else pos.data_ptr()),
+        *(b, h, q.shape[1] // h, t, d, dv, TYPES.get(q.dtype, 0), k.element_size(), v.element_size()),
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
         *(-1 if start is None else start, rolling, layout.sink, layout.window, layout.span),
     )

@@ -58,7 +58,8 @@ struct Attend {
 
 struct Append {
   uint8_t *exact_k, *exact_v;
-  double* moments;
+  double *moments, *energy;
+  const float* pair_scale;
   int64_t* rows;
   const uint8_t *q, *k, *v;
   const int64_t* pos;
@@ -215,6 +216,23 @@ struct Codes {
   vec vector(ivec x, int p) const { return levels.of<bits>(x >> (p * bits)); }
 };
 template <>
+struct Codes<3> {  // two high bits as above, then a plane of low bits: plane / 2 bytes
+  static constexpr int planes = 4;
+  const uint8_t* data;
+  int64_t stride;
+  int plane;
+  Levels levels;
+  struct Word {
+    ivec high, low;
+  };
+  Word word(int t, int w) const {
+    const uint8_t *token = data + t * stride, *low = token + plane;
+    const bool second = 2 * w >= plane;
+    return {widen(token + w) << 1, widen(low + w - (second ? plane / 2 : 0)) >> int(second)};
+  }
+  vec vector(const Word& x, int p) const { return levels.of<3>((x.high >> 2 * p & 6) | (x.low >> 2 * p & 1)); }
+};
+template <>
 struct Codes<8> {
   static constexpr int planes = 1;
   const uint8_t* data;
@@ -247,8 +265,9 @@ struct Source {
 // Calls f with the reader of a coded source, if its planes are whole vectors.
 template <class F>
 bool with_codes(const Source& s, int dim, const float* levels, F f) {
-  const int plane = dim * s.bits / 8;
-  if (plane % W || s.bits == 3 || s.bits == EXACT) return false;
+  const int plane = s.bits == 3 ? dim / 4 : dim * s.bits / 8;
+  if (plane % (s.bits == 3 ? 2 * W : W) || s.bits == EXACT) return false;
+  if (s.bits == 3) f(Codes<3>{s.data, s.stride, plane, Levels(levels + 16)});
   if (s.bits == 2) f(Codes<2>{s.data, s.stride, plane, Levels(levels)});
   if (s.bits == 4) f(Codes<4>{s.data, s.stride, plane, Levels(levels + 32)});
   if (s.bits == 8) f(Codes<8>{s.data, s.stride, plane, levels + 48});
@@ -317,7 +336,7 @@ inline void sum4(const vec* x, float* out) {
 
 // s[r][t] = q[r] . c[t] for n tokens, n rounded up to 4.
 template <int R, class Reader>
-void dots(const Reader& c, int n, const float* q, int dim, float* s, int pitch) {
+__attribute__((noinline)) void dots(const Reader& c, int n, const float* q, int dim, float* s, int pitch) {
   for (int t = 0; t < n; t += 4) {
     vec sums[R][4];
     for (int j = 0; j < 4; j++) {
@@ -337,7 +356,7 @@ void dots(const Reader& c, int n, const float* q, int dim, float* s, int pitch) 
 
 // o[r] += sum over n tokens of s[r][t] c[t].
 template <int R, class Reader>
-void weigh(const Reader& c, int n, const float* s, int pitch, float* o, int dim) {
+__attribute__((noinline)) void weigh(const Reader& c, int n, const float* s, int pitch, float* o, int dim) {
   for (int w = 0; w < c.plane; w += W) {
     vec sum[Reader::planes][R];
     for (int p = 0; p < c.planes; p++)
@@ -459,8 +478,8 @@ struct Unit {
     }
   }
 
-  // Fold a segment into the running softmax. weights: a factor of each value, or null.
-  void fold(const Source& values, int n, const float* weights) {
+  // Fold a segment into the running softmax. weight: of each value, and p takes it in.
+  void fold(const Source& values, int n) {
     const int padded = round_up(n, W);
     const vec hidden = vec{} - INF;
     float* sums = values.bits == EXACT ? plain : turned;
@@ -483,11 +502,9 @@ struct Unit {
       for (int i = 0; i < padded; i += W) {
         vec p = exp_negative(load<vec>(s + i) - shift);
         sum += p;
-        store(s + i, p);
+        store(s + i, p * load<vec>(weight + i));
       }
       for (int j = 0; j < W; j++) total[r] += sum[j];
-      if (weights)
-        for (int i = 0; i < n; i++) s[i] *= weights[i];
     }
     read(values, n, a.DV, VP, rows_v, [&](const auto& reader, int at, int count) {
       by_rows(R, [&](int r, auto step) {
@@ -522,8 +539,9 @@ struct Unit {
       const int n = std::min<int64_t>(64, upto - at);
       for (int i = 0; i < n; i++) position[i] = at + i;
       if (!look(position, n, limit)) continue;
+      std::fill(weight, weight + n, 1.f);
       key_dots({k.data + (at - from) * k.stride, EXACT, k.type, k.stride}, n);
-      fold({v.data + (at - from) * v.stride, EXACT, v.type, v.stride}, n, nullptr);
+      fold({v.data + (at - from) * v.stride, EXACT, v.type, v.stride}, n);
     }
   }
 
@@ -561,9 +579,8 @@ struct Unit {
     const uint8_t* scales = radii + n * (bits[0] == EXACT ? 0 : bits[0] == 8 ? 2 : 1);
     key_dots({keys, bits[0], a.cache_k_type, kb}, n);
     if (bits[0] != EXACT) add_anchors(position, n, radii, bits[0] == 8);
-    if (bits[1] != EXACT)
-      for (int i = 0; i < n; i++) weight[i] = f16(load<uint16_t>(scales + 2 * i));
-    fold({values, bits[1], a.cache_v_type, vb}, n, bits[1] == EXACT ? nullptr : weight);
+    for (int i = 0; i < n; i++) weight[i] = bits[1] == EXACT ? 1 : f16(load<uint16_t>(scales + 2 * i));
+    fold({values, bits[1], a.cache_v_type, vb}, n);
   }
 
   // q'.c becomes q'.a' + r (q'.c), for each run of tokens that share a span.
@@ -635,6 +652,25 @@ bool shows_dropped(const Attend& a) {
   return false;
 }
 
+// The statistics of ops/append.py: the moments of the first `count` queries that teach row b's pair scale, or, once it is
+// fixed, the energy of the scaled queries.
+void observe(const Append& a, int64_t b, int64_t count, bool frozen) {
+  std::vector<float> x(a.D);
+  for (int64_t hq = 0; hq < a.H * a.G && count > 0; hq++) {
+    const int64_t head = b * a.H + hq / a.G;
+    double *sum = a.moments + head * (a.D + 1), *energy = a.energy + 2 * head;
+    const float* s = a.pair_scale + head * a.D;
+    for (int64_t t = 0; t < count; t++) {
+      const int64_t at = b * a.q_stride[0] + hq * a.q_stride[1] + t * a.q_stride[2];
+      to_float(a.q + at * size_of(a.q_type), a.q_type, a.D, x.data());
+      for (int64_t d = 0; d < a.D; d++)
+        if (frozen) energy[0] += double(x[d] * s[d]) * (x[d] * s[d]);
+        else sum[d] += double(x[d]) * x[d];
+    }
+    (frozen ? energy[1] : sum[a.D]) += count;
+  }
+}
+
 }  // namespace
 
 // Returns 1, and writes nothing, when the mask shows a slot that the cache does not hold.
@@ -694,18 +730,7 @@ extern "C" int64_t sphkv_append(const void* packed) {
         std::memcpy(a.exact_v + place * a.DV * a.v_size, v + t * a.v_stride[2] * a.v_size, a.DV * a.v_size);
       }
     }
-    // Queries up to the one that completes the first span teach the pair scale.
-    const int64_t seen = row[FROZEN] || !a.q ? 0 : std::min(a.T, begin + a.window + a.span - first);
-    std::vector<float> x(seen > 0 ? a.D : 0);
-    for (int64_t hq = 0; hq < a.H * a.G && seen > 0; hq++) {
-      double* sum = a.moments + (b * a.H + hq / a.G) * (a.D + 1);
-      for (int64_t t = 0; t < seen; t++) {
-        const int64_t at = b * a.q_stride[0] + hq * a.q_stride[1] + t * a.q_stride[2];
-        to_float(a.q + at * size_of(a.q_type), a.q_type, a.D, x.data());
-        for (int64_t d = 0; d < a.D; d++) sum[d] += double(x[d]) * x[d];
-      }
-      sum[a.D] += seen;
-    }
+    if (a.q) observe(a, b, row[FROZEN] ? a.T : std::min(a.T, begin + a.window + a.span - first), row[FROZEN]);
     row[LENGTH] = end;
     row[BASE] = old_base + (a.rolling ? 1 : 0);
   }
