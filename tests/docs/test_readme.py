@@ -1,0 +1,33 @@
+"""The README's generated tables are those of the code, and what it names exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from sphkv_compile.docs import rendered
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_generated_parts_are_up_to_date():
+    text = (ROOT / "README.md").read_text()
+    assert rendered(text) == text, "run: python -m sphkv_compile.docs README.md"
+
+
+def test_missing_part_is_named():
+    with pytest.raises(ValueError, match="idioms"):
+        rendered("nothing here")
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_linked_files_exist(name):
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / name).read_text())
+    missing = [link for link in links if not (ROOT / link).exists()]
+    assert not missing
+
+
+def test_make_targets_exist():
+    named = set(re.findall(r"`?make ([a-z-]+)", (ROOT / "README.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text()))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"demo", "test"} <= named <= targets
