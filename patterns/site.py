@@ -19,7 +19,7 @@ REFUSALS: dict[str, str] = {
     "grad_mode": "autograd is on; codes are for inference (use torch.no_grad or torch.inference_mode)",
     "not_sdpa": "attention is written as matmul and softmax (soft cap, learned sinks, attn_implementation='eager')",
     "no_cache_write": "K and V do not come from a cache: plain attention, or the first prefill of a growing cache",
-    "unknown_write": "K and V come from an operation that no idiom describes (unknown window, latent or quantised cache)",
+    "unknown_write": "K and V come from an operation that no idiom describes (a window, a latent or quantised cache)",
     "rank": "queries and cache are not both [batch, heads, tokens, head_dim] with one batch size",
     "dropout": "dropout_p is not zero",
     "head_counts": "query heads are not a whole multiple of the cache's heads",
@@ -67,7 +67,7 @@ class Site:
         stores: nodes that put the written buffers back; they die with the dense write.
         outputs: where the written buffers are graph outputs instead.
 
-    Shapes: ``q`` [B, HQ, T, D], ``k`` [B, H, T, D], ``v`` [B, H, T, Dv], ``k_buf`` [B, H, L, D], ``v_buf`` [B, H, L, Dv].
+    Shapes: q [B, HQ, T, D], k [B, H, T, D], v [B, H, T, Dv], k_buf [B, H, L, D], v_buf [B, H, L, Dv].
     """
 
     idiom: str
@@ -124,7 +124,7 @@ def size(x: Any) -> Any:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two sizes are equal for every input that this graph serves; adds no guard."""
+    """Whether two sizes are equal in every call. ``==`` may ask for less: it compiles anew once they are not."""
     return statically_known_true(a == b)
 
 
@@ -152,15 +152,13 @@ def check_attention(match: Match) -> Refusal | None:
 def _check_rank(q: Node, k_buf: Node, v_buf: Node) -> Refusal | None:
     """Patterns count dimensions from the left, so that a cache without batch would be written along another."""
     shapes = [shape(x) for x in (q, k_buf, v_buf)]
-    if any(len(s) != 4 or not same(s[0], shapes[0][0]) for s in shapes):
+    if any(len(s) != 4 or s[0] != shapes[0][0] for s in shapes):
         return Refusal("rank", f"queries {list(shapes[0])}, keys {list(shapes[1])}, values {list(shapes[2])}")
     return None
 
 
 def _check_head_dim(buf: Node) -> Refusal | None:
-    dim = shape(buf)[-1]
-    if not isinstance(dim, int):
-        return Refusal("head_dim", f"{dim} differs from call to call")
+    dim = int(shape(buf)[-1])  # a symbolic size is fixed by a guard
     try:
         rotation(dim)
     except ValueError as error:
@@ -183,9 +181,9 @@ def _check_values(match: Match) -> Refusal | None:
     for value, buf in ((c["k"], c["k_buf"]), (c["v"], c["v_buf"])):
         b, h, _, d = shape(buf)
         have = value.meta["val"]
-        whole = have.dim() == 4 and all(map(same, have.shape, (b, h, t, d)))
+        whole = tuple(have.shape) == (b, h, t, d)
         # Item assignment squeezes leading ones away; as many elements are left, so nothing is broadcast.
-        squeezed = 0 < have.dim() < 4 and same(have.shape[-1], d) and same(have.numel(), b * h * t * d)
+        squeezed = 0 < have.dim() < 4 and have.shape[-1] == d and have.numel() == b * h * t * d
         if have.dtype != buf.meta["val"].dtype or not (whole or squeezed):
             return Refusal("value_shape", f"{value.name}: {have.dtype} {list(have.shape)} for {t} tokens")
     return None
@@ -194,6 +192,24 @@ def _check_values(match: Match) -> Refusal | None:
 def tokens(match: Match) -> Any:
     """New tokens of this step: queries and written values agree on it."""
     return shape(match.kwargs["q"])[2]
+
+
+def check_shown(match: Match, end: Any = None) -> Refusal | None:
+    """The attention reads up to the newest token, and what lies behind that is hidden from it.
+
+    Args:
+        end: columns written so far, where the graph says it.
+    """
+    c = match.kwargs
+    columns = size(c["columns"])
+    read = shape(c["k_buf"])[2] if columns is None else columns
+    detail = f"{read} columns are read" + ("" if end is None else f", {end} are written")
+    if c["mask"] is None and not c["is_causal"] and not same(read, end):
+        return Refusal("unmasked_slots", detail)
+    # Without a position in the graph, the mask's own width is the user's word that it covers the newest token.
+    if columns is not None and (c["mask"] is None if end is None else not statically_known_true(columns >= end)):
+        return Refusal("partial_read", detail)
+    return None
 
 
 def check_stored(match: Match, allowed: dict[Node, tuple[Node, ...]] | None = None) -> Refusal | None:

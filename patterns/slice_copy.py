@@ -9,11 +9,22 @@ from __future__ import annotations
 
 from torch._inductor.pattern_matcher import KeywordArg, Match
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .site import (
-    Refusal, Site, aten, attention, base_site, call, check_attention, check_stored, same, shape, size, stores, tokens, writes,
-)  # fmt: skip
+    Refusal,
+    Site,
+    aten,
+    attention,
+    base_site,
+    call,
+    check_attention,
+    check_shown,
+    check_stored,
+    size,
+    stores,
+    tokens,
+    writes,
+)
 
 
 def write(buf: str, new: str):
@@ -34,19 +45,14 @@ def check(match: Match) -> Refusal | None:
     allowed = {buf: _only_shapes(buf, writes(match)) for buf in (c["k_buf"], c["v_buf"])}
     if refusal := check_attention(match) or check_stored(match, allowed):
         return refusal
-    start, end, columns = size(c["start"]), size(c["end"]), size(c["columns"])
-    if start < 0 or not same(end - start, tokens(match)):
+    start, end = size(c["start"]), size(c["end"])
+    if start < 0 or end - start != tokens(match):
         return Refusal("value_shape", f"slots {start}..{end} for {tokens(match)} tokens")
-    read = shape(c["k_buf"])[2] if columns is None else columns
-    if c["mask"] is None and not c["is_causal"] and not same(read, end):
-        return Refusal("unmasked_slots", f"{read} columns are read, {end} are written")
-    if columns is not None and not statically_known_true(columns >= end):
-        return Refusal("partial_read", f"{read} columns are read, {end} are written")
-    return None
+    return check_shown(match, end)
 
 
 def _only_shapes(buf: Node, writes: tuple[Node, Node]) -> tuple[Node, ...]:
-    """Slices of the buffer of which only the shape is used: each user is a ``copy`` that overwrites them, for a write."""
+    """Slices of the buffer of which only the shape is used: each user is a ``copy`` over them, for a write."""
 
     def overwritten(s: Node, user: Node) -> bool:
         return user.target is aten.copy.default and user.args[0] is s and set(user.users) <= set(writes)

@@ -7,11 +7,13 @@ While the window fills, the layer writes as :mod:`.static_index` does.
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch._inductor.pattern_matcher import KeywordArg, Match
 from torch.fx import Node
 
-from .site import Refusal, Site, aten, attention, base_site, call, check_attention, check_stored, shape, stores, tokens
+from .site import Refusal, Site, aten, attention, base_site, call, check_attention, check_stored, shape, stores
 
 
 def write(buf: str, new: str):
@@ -23,7 +25,7 @@ def write(buf: str, new: str):
 PATTERN = attention(write("k_buf", "k"), write("v_buf", "v"))
 
 
-def _is(node: object, target: object) -> bool:
+def _is(node: object, target: object) -> TypeGuard[Node]:
     return isinstance(node, Node) and node.target is target
 
 
@@ -58,8 +60,6 @@ def check(match: Match) -> Refusal | None:
     last = c["column"]
     if not _is(last, aten.full.default) or list(last.args[0]) != [1] or last.args[1] not in (-1, columns - 1):
         return Refusal("unknown_write", "a full window is written elsewhere than in its last column")
-    if tokens(match) != 1:
-        return Refusal("unknown_write", "several tokens enter a full window")
     if c["columns"] is not None:
         return Refusal("partial_read", f"{c['columns']} columns of a sliding window are read")
     return None

@@ -10,7 +10,19 @@ from __future__ import annotations
 import torch
 from torch._inductor.pattern_matcher import KeywordArg, Match
 
-from .site import Refusal, Site, aten, attention, base_site, call, check_attention, check_stored, same, shape, stores, tokens
+from .site import (
+    Refusal,
+    Site,
+    aten,
+    attention,
+    base_site,
+    call,
+    check_attention,
+    check_shown,
+    check_stored,
+    stores,
+    tokens,
+)
 
 
 def write(buf: str, new: str):
@@ -25,15 +37,11 @@ def check(match: Match) -> Refusal | None:
     """What the shape alone does not say: None, or the reason to leave the site dense."""
     if refusal := check_attention(match) or check_stored(match):
         return refusal
-    c = match.kwargs
-    pos = c["pos"].meta["val"]
-    if pos.dtype not in (torch.int64, torch.int32) or pos.dim() != 1 or not same(pos.shape[0], tokens(match)):
-        return Refusal("scattered", f"{c['pos'].name}: {pos.dtype} {list(pos.shape)} for {tokens(match)} tokens")
-    if c["mask"] is None and not c["is_causal"]:
-        return Refusal("unmasked_slots", f"{c['columns'] or shape(c['k_buf'])[2]} columns are read")
-    if c["mask"] is None and c["columns"] is not None:
-        return Refusal("partial_read", f"{c['columns']} columns are read, and nothing says where the newest token is")
-    return None
+    pos, count = match.kwargs["pos"], tokens(match)
+    where = pos.meta["val"]
+    if where.dtype not in (torch.int64, torch.int32) or where.dim() != 1 or where.shape[0] != count:
+        return Refusal("scattered", f"{pos.name}: {where.dtype} {list(where.shape)} for {count} tokens")
+    return check_shown(match)
 
 
 def site(match: Match) -> Site:

@@ -97,6 +97,11 @@ def bundled_gguf(name: str) -> Path:
     return parts[0] if len(parts) == 1 else _join(parts, cache_dir() / f"{name}.gguf", bundled.sha256)
 
 
+def available() -> list[str]:
+    """The bundled models whose packages are installed."""
+    return [name for name, b in BUNDLED.items() if all(importlib.util.find_spec(module) for module, _ in b.files)]
+
+
 def cache_dir() -> Path:
     """Where joined files and dequantised weights are kept; not created here."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sphkv"

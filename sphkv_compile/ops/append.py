@@ -36,9 +36,13 @@ def first_position(state: State, pos: Tensor | None, start: int | None, count: i
     return first
 
 
+HIDDEN = -1e4
+"""An additive mask hides at and below this: exp(-1e4) is zero. Models write -inf, the least float, -1e9 or -1e4."""
+
+
 def visible(mask: Tensor) -> Tensor:
-    """Where a mask lets a query look: a bool mask as it is, an additive one where it is not (nearly) -inf."""
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    """Where a mask lets a query look."""
+    return mask if mask.dtype == torch.bool else mask > HIDDEN
 
 
 def real_starts(mask: Tensor | None, first: int, base: int, count: int, batch: int) -> list[int]:

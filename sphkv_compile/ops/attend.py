@@ -173,7 +173,10 @@ def _add_pages(softmax: Softmax, call: Call, state: State, layout: Layout, first
             if not bool(here.any()):
                 continue
             logits, values, weight = _coded(call, state, layout, tier, pages, slots, turned, bias)
-            logits = logits.masked_fill(~here.flatten(2)[:, :, None, None], -math.inf)
+            here = here.flatten(2)
+            logits = logits.masked_fill(~here[:, :, None, None], -math.inf)
+            values = values.masked_fill(~here.unsqueeze(-1), 0)  # another tier's bytes could read as not-a-number
+            weight = weight if weight is None else weight.masked_fill(~here, 0)
             softmax.add(_masked(logits, seen, added), values, weight is not None, weight)
 
 

@@ -1,4 +1,4 @@
-"""Which code serves an ``attend`` or ``append``: the fused decode kernel where it can, the block-wise path otherwise."""
+"""Which code serves an ``attend`` or ``append``: the fused CPU kernel where it can, the block-wise path otherwise."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from torch import Tensor
 
 from sphkv_compile.kernels.cpu import binding
 from sphkv_compile.ops import attend as blockwise
-from sphkv_compile.ops.append import append as append_blockwise
+from sphkv_compile.ops.append import HIDDEN
+from sphkv_compile.ops.append import append as append_python
 from sphkv_compile.runtime.layout import UNIT, Layout
 from sphkv_compile.runtime.state import Geometry, State, empty_state
 from sphkv_compile.spec import Tier
 
-__all__ = ["append_in_window", "attend"]
-
-ROWS = 32
-"""Query rows of one kv head (its query heads times the new tokens) up to which the fused kernel serves."""
+__all__ = ["append_in_window", "attend", "checked_library"]
 
 
 def attend(
@@ -36,8 +34,8 @@ def attend(
 ) -> Tensor:
     """Same arguments, shapes and result as :func:`sphkv_compile.ops.reference.attend_reference`."""
     arguments = state, layout, q, k, v, first, base, columns, mask, is_causal, scale
-    if _served(layout, q, k, v, mask) and (library := _checked_library()) is not None:
-        out = binding.attend(library, *arguments)
+    if _served(layout, q, k, v, mask) and (library := checked_library()) is not None:
+        out = binding.attend(library, *arguments, HIDDEN)
         if out is not None:
             return out
     return blockwise.attend(*arguments)  # which also refuses a mask that shows dropped slots
@@ -70,11 +68,10 @@ def append_in_window(
 
 
 def _served(layout: Layout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    """Whether the fused kernel is made for such a call."""
+    """Whether the fused kernel is made for such a call; on a CPU it is the faster at any number of new tokens."""
     types = binding.TYPES
     return (
-        q.shape[1] * q.shape[2] <= ROWS * k.shape[1]
-        and q.device.type == "cpu"
+        q.device.type == "cpu"
         and layout.codec == "axis_cosine"
         and layout.page % 16 == 0  # so that what a vector reads past a page's last code is the page's own metadata
         and q.shape[3] % 8 == v.shape[3] % 8 == 0
@@ -86,7 +83,7 @@ def _served(layout: Layout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
 
 
 @lru_cache(None)
-def _checked_library() -> binding.Library | None:
+def checked_library() -> binding.Library | None:
     """The fused kernel once it has agreed with the block-wise path on this machine; None, with one warning, if not."""
     library = binding.library()
     if library is None:
@@ -115,8 +112,8 @@ def _disagreement(library: binding.Library, tier: Tier) -> float:
     state.table.copy_(torch.arange(pages, dtype=torch.int32) * (size // UNIT))
     wave = torch.arange(4 * 160 * 64).double().mul(0.7).sin().mul(3).float().view(4, 1, 160, 64)
     q, k, v = wave[:2].transpose(0, 1), wave[2:3], wave[3:4]
-    append_blockwise(state, layout, q[:, :, :150], k[:, :, :150], v[:, :, :150], 0, [0])
+    append_python(state, layout, q[:, :, :150], k[:, :, :150], v[:, :, :150], 0, [0])
     new = (x[:, :, 150:152] for x in (q, k, v))
     arguments = state, layout, *new, 150, 0, 160, None, False, None
-    expected, found = blockwise.attend(*arguments), binding.attend(library, *arguments)
+    expected, found = blockwise.attend(*arguments), binding.attend(library, *arguments, HIDDEN)
     return float((found - expected).abs().max() / expected.abs().max())

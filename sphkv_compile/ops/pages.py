@@ -33,10 +33,15 @@ def _itemsize(state: State) -> tuple[int, int]:
 
 
 def read_pages(state: State, layout: Layout, tier: Tier, offsets: Tensor) -> Pages:
-    """Fields of the pages at ``offsets`` (int32[..., P]); an offset below zero reads the first page's bytes."""
+    """Fields of the pages at ``offsets`` (int32[..., P]).
+
+    Offsets of no page (-1) and of pages of another tier are read too, whatever bytes lie there: the caller leaves them
+    out. Only bytes of the arena are read.
+    """
     dims = state.exact_k.shape[-1], state.exact_v.shape[-1], _itemsize(state)
     fields, units = layout.fields(tier, *dims), layout.page_bytes(tier, *dims) // UNIT
-    raw = state.arena.view(-1, UNIT)[_units(offsets.clamp(min=0), units)].flatten(-2)
+    arena = state.arena.view(-1, UNIT)
+    raw = arena[_units(offsets.clamp(min=0), units).clamp(max=arena.shape[0] - 1)].flatten(-2)
     parts, at = [], 0
     for width in fields.widths:
         part = raw[..., at : at + width * layout.page]

@@ -96,7 +96,7 @@ def dense(
             part = _narrow(state, one, slice(at, at + block))
             k, v = _decode(part, layout, state.rows[one, START])
             column = part.positions.long() - base
-            held = (part.positions >= 0) & (column >= 0) & (column < columns)
+            held = (part.positions >= 0) & (part.positions < length) & (column >= 0) & (column < columns)
             h, p, t = held[0].nonzero(as_tuple=True)
             k_out[row, h, column[0, h, p, t]] = k[0, h, p, t].to(k_out.dtype)
             v_out[row, h, column[0, h, p, t]] = v[0, h, p, t].to(v_out.dtype)

@@ -91,14 +91,16 @@ def _append(*args):
 def _owned(x: Tensor) -> Tensor:
     raise RuntimeError(
         "sphkv: this KV cache is held as codes by sphkv_compile, and a graph of another backend reads it. Compile that "
-        "model with backend='sphkv' too, or touch the cache once in eager code (for instance cache.keys.sum()): that "
-        "decodes it."
+        "model with backend='sphkv' too, or give it dense copies: layer.keys = layer.keys.clone(), and values likewise."
     )
 
 
 for _name, _kernel in (("sdpa", _sdpa), ("attend", _attend), ("append", _append), ("owned", _owned)):
     for _device in _DEVICES:
         _LIB.impl(_name, _kernel, _device)
+
+
+_LIB.impl("owned", _owned, "Functionalize")  # AOTAutograd of another backend; it would fail later, and say less
 
 
 @torch.library.register_fake("sphkv::sdpa", lib=_LIB)

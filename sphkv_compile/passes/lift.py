@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,23 +39,48 @@ def _calls(gm: GraphModule, *targets: object) -> Iterator[tuple[GraphModule, Nod
 def lift(gm: GraphModule) -> int:
     """Replace every SDPA by ``sphkv.sdpa`` with all arguments positional; returns how many there were.
 
-    A call with an argument that we do not know stays as it is: dropping one silently would change the result.
+    A call with an argument that we do not know stays as it is, since dropping one silently would change the result;
+    so does one that broadcasts its batch or heads, since the marker has the shape of its queries.
     """
     count = 0
     for module, node in _calls(gm, *_SDPA):
         given = {**dict(zip(_DEFAULTS, node.args)), **node.kwargs}
-        if set(given) - set(_DEFAULTS):
+        if set(given) - set(_DEFAULTS) or _broadcasts(node, given):
             continue
         full = {**_DEFAULTS, **given}
         with module.graph.inserting_before(node):
             marker = module.graph.call_function(schema.sdpa, tuple(full.values()))
         # Only these two: a copied `eager_input_vals` belongs to the other op and trips an assertion.
         marker.meta = {key: node.meta[key] for key in ("example_value", "stack_trace") if key in node.meta}
-        node.replace_all_uses_with(marker)
+        node.replace_all_uses_with(_as_laid_out(module, marker))
         module.graph.erase_node(node)
         module.recompile()
         count += 1
     return count
+
+
+def _value(node: object) -> Any:
+    return node.meta.get("example_value") if isinstance(node, Node) else None
+
+
+def _broadcasts(node: Node, given: dict[str, Any]) -> bool:
+    out, q = _value(node), _value(given.get("query"))
+    return out is None or q is None or out.shape[:-1] != q.shape[:-1]
+
+
+def _as_laid_out(module: GraphModule, marker: Node) -> Node:
+    """The marker's output as torch's kernels lay it out for several tokens, [B, T, H, D] in memory.
+
+    A model that joins the heads by ``transpose(1, 2).view(...)`` relies on it; one that copies then copies nothing.
+    """
+    out = _value(marker)
+    if out.dim() != 4 or out.is_contiguous() or not out.transpose(1, 2).is_contiguous():
+        return marker
+    node = marker
+    for method, *dims in (("transpose", 1, 2), ("contiguous",), ("transpose", 1, 2)):
+        with module.graph.inserting_after(node):
+            node = module.graph.call_method(method, (node, *dims))
+    return node
 
 
 def strip_owned(gm: GraphModule) -> None:

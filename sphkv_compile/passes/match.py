@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch._inductor.pattern_matcher import Match
@@ -46,7 +47,7 @@ def _verdict(marker: Node) -> Verdict:
         found = idiom.PATTERN.match(marker)
         if not isinstance(found, Match) or not found:
             continue
-        verdict.refusal = idiom.check(found)
+        verdict.refusal = _keywords(found) or idiom.check(found)
         if verdict.refusal is None:
             verdict.site = replace(idiom.site(found), rope=rope_of(found.kwargs["k"]))
         return verdict
@@ -54,8 +55,23 @@ def _verdict(marker: Node) -> Verdict:
     return verdict
 
 
+def _keywords(found: Match) -> Refusal | None:
+    """torch's matcher ignores arguments given by keyword, such as ``accumulate=True``; none belongs to an idiom."""
+    for node in found.nodes:
+        if node.kwargs:
+            return Refusal("unknown_write", f"{node.target}({', '.join(node.kwargs)}=...)")
+    return None
+
+
 _LAYOUT_ONLY = (aten.permute.default, aten.view.default, aten.clone.default, aten.reshape.default)
-_WRITES = (aten.index_put.default, aten.slice_scatter.default, aten.cat.default, aten.index.Tensor, aten.where.self)
+_WRITES = (
+    aten.index_put.default,
+    aten.slice_scatter.default,
+    aten.scatter.src,
+    aten.cat.default,
+    aten.index.Tensor,
+    aten.where.self,
+)
 
 
 def _why(marker: Node) -> Refusal:
@@ -76,31 +92,58 @@ def _reaches(node: Node, targets: tuple, depth: int = 12) -> bool:
     return any(_reaches(a, targets, depth - 1) for a in node.all_input_nodes[:3])
 
 
-def _is_input(node: Node) -> bool:
+def _is_input(node: Any) -> bool:
     while node.op == "call_function" and node.target in (*_LAYOUT_ONLY, aten.slice.Tensor, aten.index.Tensor):
         node = node.args[0]
     return node.op == "placeholder" and getattr(node.meta.get("val"), "ndim", 0) >= 3
+
+
+_MATMUL = (aten.bmm.default, aten.mm.default, aten.baddbmm.default)
 
 
 def _plain_softmax(gm: GraphModule) -> list[tuple[Node, Refusal]]:
     """Attention spelled as matmul and softmax, so that ``explain`` can say why it was not touched."""
     found = []
     for node in gm.graph.nodes:
-        if node.op == "call_function" and node.target is aten._softmax.default:
-            behind = _behind(node, 6)
-            if any(n.target is aten.bmm.default for n in behind):
-                kind = "soft cap" if any(n.target is aten.tanh.default for n in behind) else "matmul and softmax"
-                kind = "learned sinks" if any(n.target is aten.cat.default for n in behind) else kind
-                found.append((node, Refusal("not_sdpa", kind)))
+        logits = _softmax_of(node)
+        if logits is None or not _feeds_matmul(node):
+            continue
+        between = _back_to_matmul(logits)
+        if between is not None:
+            kind = "soft cap" if any(n.target is aten.tanh.default for n in between) else "matmul and softmax"
+            kind = "learned sinks" if any(n.target is aten.cat.default for n in between) else kind
+            found.append((node, Refusal("not_sdpa", kind)))
     return found
 
 
-def _behind(node: Node, depth: int) -> set[Node]:
-    seen, edge = set(), [node]
-    for _ in range(depth):
-        edge = [a for n in edge for a in n.all_input_nodes if a.op == "call_function" and a not in seen]
-        seen.update(edge)
-    return seen
+def _softmax_of(node: Node) -> Node | None:
+    """The argument of a softmax, whole or as Inductor's decomposition writes it: e / sum(e), e = exp(x - max(x))."""
+    if node.op == "call_function" and node.target is aten._softmax.default:
+        return node.args[0]
+    if node.op != "call_function" or node.target is not aten.div.Tensor:
+        return None
+    top, total = node.args
+    if (
+        getattr(top, "target", None) is not aten.exp.default
+        or getattr(total, "target", None) is not aten.sum.dim_IntList
+    ):
+        return None
+    shifted = top.args[0]
+    return shifted.args[0] if total.args[0] is top and shifted.target is aten.sub.Tensor else None
+
+
+def _feeds_matmul(node: Node, depth: int = 8) -> bool:
+    return depth > 0 and any(u.target in _MATMUL or _feeds_matmul(u, depth - 1) for u in node.users)
+
+
+def _back_to_matmul(node: object, depth: int = 12) -> list[Node] | None:
+    """The nodes from ``node`` back to the matmul that it stems from, if there is one; the shortest such way."""
+    if not isinstance(node, Node) or node.op != "call_function" or depth == 0:
+        return None
+    if node.target in _MATMUL:
+        return []
+    ways = [way for a in node.all_input_nodes if (way := _back_to_matmul(a, depth - 1)) is not None]
+    return [node, *min(ways, key=len)] if ways else None
 
 
 _SHARED_CODE = ("/torch/", "/transformers/integrations/")
@@ -109,7 +152,9 @@ _SHARED_CODE = ("/torch/", "/transformers/integrations/")
 def source_line(node: Node) -> str:
     """``file:line`` of the user's code that a node stems from: the innermost frame that is neither torch's nor the
     attention dispatch of transformers, which all its models share."""
-    frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")]
+    frames = [
+        line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")
+    ]
     frames = [f for f in frames if not any(part in f for part in _SHARED_CODE)] or frames
     if not frames:
         return ""

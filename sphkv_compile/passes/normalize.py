@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch.fx import Graph, GraphModule, Node
 
@@ -54,7 +56,7 @@ def _plain_arguments(node: Node) -> None:
         node.args = (node.args[0], list(node.args[1]), *node.args[2:])
 
 
-def _is(node: object, *targets: object) -> bool:
+def _is(node: object, *targets: object) -> TypeGuard[Node]:
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
 
@@ -105,7 +107,7 @@ def _fold_columns(marker: Node) -> bool:
     if marker.args[COLUMNS] is not None:
         return False
     found = _read_columns(marker.args[K]), _read_columns(marker.args[V])
-    if None in found or found[0][1] is not found[1][1] and found[0][1] != found[1][1]:
+    if None in found or (found[0][1] is not found[1][1] and found[0][1] != found[1][1]):
         return False
     args = list(marker.args)
     args[K], args[V], args[COLUMNS] = found[0][0], found[1][0], found[0][1]

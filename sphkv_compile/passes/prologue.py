@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 
 import torch
@@ -24,7 +23,8 @@ def prologue_of(gm: GraphModule, sites: list[Site]) -> GraphModule:
     padding."""
     wanted = [x for s in sites for x in ((s.pos if s.pos is not None else s.start), s.mask)]
     cone = _cone([x for x in wanted if isinstance(x, Node)])
-    graph, copies = Graph(), {}
+    graph = Graph()
+    copies: dict[Node, Node] = {}
     for node in gm.graph.nodes:
         if node.op == "placeholder" or node in cone:
             copies[node] = graph.node_copy(node, copies.__getitem__)
@@ -48,7 +48,7 @@ def token_counter(gm: GraphModule, site: Site) -> Callable[[list], int]:
     if isinstance(count, int):
         return lambda args: count
     expr, inputs = count.node.expr, [n for n in gm.graph.nodes if n.op == "placeholder"]
-    places = {}
+    places: dict = {}
     for i, node in enumerate(inputs):
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt):
@@ -60,10 +60,12 @@ def token_counter(gm: GraphModule, site: Site) -> Callable[[list], int]:
     symbols = sorted(expr.free_symbols, key=str)
     getters = [places[s] for s in symbols]
 
+    if [expr] == symbols:
+        ((at, dim),) = getters
+        return (lambda args: int(args[at])) if dim is None else (lambda args: args[at].shape[dim])
+
     def counted(args: list) -> int:
         values = [args[i] if dim is None else args[i].shape[dim] for i, dim in getters]
         return int(expr.xreplace(dict(zip(symbols, map(int, values)))))
 
-    return counted if len(symbols) != 1 or expr != symbols[0] else lambda args: operator.index(
-        args[getters[0][0]] if getters[0][1] is None else args[getters[0][0]].shape[getters[0][1]]
-    )
+    return counted

@@ -1,4 +1,4 @@
-"""Rewrite: a site's dense write and attention become ``attend`` then ``append``, on state that enters as graph inputs."""
+"""Rewrite: a site's dense write and attention become ``attend``, then ``append``, on state that enters as inputs."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ def rewrite(gm: GraphModule, sites: list[Site], spec: CacheSpec) -> Rewritten:
             state.append(last)
         result.bindings.append(_bind(site, layout, index, output))
         result.state_inputs.extend(fakes)
-        _replace(graph, site, state, layout)
+        attend = _replace(graph, site, state, layout)
+        for later in sites[number + 1 :]:
+            _renew(later, site.node, attend)
         _drop_outputs(output, site)
     graph.eliminate_dead_code()
     dense = {b for binding in result.bindings for b in (binding.k_input, binding.v_input)}
@@ -113,25 +115,29 @@ def _hint(size: int | torch.SymInt) -> int:
     return size if isinstance(size, int) else size.node.hint or 1
 
 
-def _replace(graph: Graph, site: Site, state: list[Node], layout: Layout) -> None:
+def _replace(graph: Graph, site: Site, state: list[Node], layout: Layout) -> Node:
     q, columns, value = site.q, site.columns, site.node.meta["val"]
     with graph.inserting_before(site.node):
         k, v = (_whole(graph, *pair) for pair in ((site.k, site.k_buf), (site.v, site.v_buf)))
         if columns is None:
             columns = _columns(graph, site)
-        mask = _four_dims(graph, site.mask)
-        where = (site.pos, site.start)
-        attend = graph.call_function(
-            schema.attend,
-            (*state, q, k, v, *where, columns, mask, site.is_causal, site.scale, str(layout), site.rolling),
-        )
-        append = graph.call_function(schema.append, (*state, q, k, v, *where, mask, str(layout), site.rolling))
+        new, tail = (*state, q, k, v, site.pos, site.start), (str(layout), site.rolling)
+        attend = graph.call_function(schema.attend, (*new, columns, site.mask, site.is_causal, site.scale, *tail))
+        append = graph.call_function(schema.append, (*new, site.mask, *tail))
     attend.meta = {"val": value, "stack_trace": site.node.meta.get("stack_trace")}
     append.meta = {"val": None}
     site.node.replace_all_uses_with(attend)
     graph.erase_node(site.node)
     for store in site.stores:
         graph.erase_node(store)
+    return attend
+
+
+def _renew(site: Site, old: Node, new: Node) -> None:
+    """An attention may take an earlier one's output as it is."""
+    for name in ("q", "k", "v", "mask"):
+        if getattr(site, name) is old:
+            setattr(site, name, new)
 
 
 def _whole(graph: Graph, value: Node, buf: Node) -> Node:
@@ -169,23 +175,14 @@ def _same_symbol(graph: Graph, size: Node) -> Node:
     """Reuse the symbol's own input, if there is one: a size of the buffer would keep the dense buffer alive."""
     for node in graph.nodes:
         value = node.meta.get("val")
-        if node.op == "placeholder" and isinstance(value, torch.SymInt) and value.node.expr == size.meta["val"].node.expr:
+        if (
+            node.op == "placeholder"
+            and isinstance(value, torch.SymInt)
+            and value.node.expr == size.meta["val"].node.expr
+        ):
             graph.erase_node(size)
             return node
     return size
-
-
-def _four_dims(graph: Graph, mask: Node | None) -> Node | None:
-    if mask is None or mask.meta["val"].dim() == 4:
-        return mask
-    value = mask.meta["val"]
-    shape = [1] * (4 - value.dim())
-    node = mask
-    for _ in shape:
-        previous = node
-        node = graph.call_function(aten.unsqueeze.default, (previous, 0))
-        node.meta["val"] = previous.meta["val"].unsqueeze(0)
-    return node
 
 
 def _drop_outputs(output: Node, site: Site) -> None:

@@ -3,36 +3,32 @@
 A scale that is equal within a RoPE pair commutes with the rotation, so it holds at every position; that is why the
 codec needs the pairing. Where no rotary embedding is recognised the scales stay off, and the report says so.
 
+Two spellings are known: x cos + turn(x) sin with turn(x) = (-x2, x1), and (x1 cos - x2 sin, x2 cos + x1 sin). In both,
+x1 and x2 are either the halves of x or its even and odd elements, and the result is joined the way x was parted.
+
 Source: RoFormer (arXiv 2104.09864, section 3.2.2); the half layout is that of GPT-NeoX.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 from torch.fx import Node
 
 aten = torch.ops.aten
 NONE = ("none", 0)
-_STEPS = (
-    aten.permute.default,
-    aten.clone.default,
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.squeeze.dim,
-    aten.unsqueeze.default,
-    torch.ops.prims.convert_element_type.default,
-)
+_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+_CASTS = (aten.clone.default, torch.ops.prims.convert_element_type.default)
 
 
-def _is(node: object, *targets: object) -> bool:
-    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+class Part(NamedTuple):
+    """Every second element, or one half, of the last dimension of ``source``."""
 
-
-def _dim(node: Node) -> int:
-    return node.meta["val"].shape[-1]
+    source: Node
+    layout: str
+    which: int
 
 
 def rope_of(key: Node) -> tuple[str, int]:
@@ -40,102 +36,168 @@ def rope_of(key: Node) -> tuple[str, int]:
 
     Shapes: ``key`` [B, H, T, D] after the rotary embedding.
     """
-    dim, node = _dim(key), _through(key)
-    if layout := _rotation(node, dim):
-        return layout, dim
-    if _is(node, aten.cat.default) and node.args[1] in (-1, node.meta["val"].dim() - 1) and len(node.args[0]) == 2:
-        turned, passed = node.args[0]  # partial: the rotated part, then what passes through
-        rotary = _dim(turned)
-        if layout := _rotation(_through(turned), rotary):
-            return layout, rotary
+    node = _through(key)
+    if layout := _rotated(node):
+        return layout, int(_shape(key)[-1])
+    if _is(node, aten.cat.default) and _axis(node) == -1:  # partial: the rotated part, then what passes through
+        turned = node.args[0][0]
+        if layout := _rotated(_through(turned)):
+            return layout, int(_shape(turned)[-1])
     return NONE
 
 
+def _is(node: object, *targets: object) -> TypeGuard[Node]:
+    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def _shape(node: Node) -> torch.Size:
+    return node.meta["val"].shape
+
+
+def _axis(node: Node) -> int:
+    """The dimension argument of a cat, slice, select or unbind, counted from the end of its operand's dimensions."""
+    operand = node.args[0] if isinstance(node.args[0], Node) else node.args[0][0]
+    axis = node.args[1] if len(node.args) > 1 else 0
+    return axis if axis < 0 else axis - len(_shape(operand))
+
+
 def _through(node: Node) -> Node:
-    """Past everything that moves numbers without mixing them: the last dimension may be split and joined again."""
-    while _is(node, *_STEPS):
-        node = node.args[0]
-    return node
+    """Past everything that leaves the last dimension as it is."""
+    at: Any = node
+    while _keeps_last(at):
+        at = at.args[0]
+    return at
 
 
-def _rotation(node: Node, dim: int) -> str | None:
-    return _sum_form(node, dim) or _pair_form(node)
+def _keeps_last(node: Node) -> bool:
+    if _is(node, *_CASTS):
+        return True
+    if _is(node, aten.permute.default):
+        return node.args[1][-1] in (-1, len(node.args[1]) - 1)
+    if _is(node, aten.unsqueeze.default):
+        return node.args[1] not in (-1, len(_shape(node)) - 1)
+    return _is(node, *_VIEWS, aten.squeeze.dim) and _shape(node)[-1] == _shape(node.args[0])[-1]
 
 
-def _sum_form(node: Node, dim: int) -> str | None:
-    """x * cos + turn(x) * sin, where turn(x) = (-x2, x1)."""
-    if not _is(node, aten.add.Tensor):
-        return None
-    for straight, crossed in (node.args[:2], node.args[1::-1]):
-        if not (_is(straight, aten.mul.Tensor) and _is(crossed, aten.mul.Tensor)):
-            continue
-        for turned in crossed.args:
-            if (layout := _turn(turned, dim)) and _source_of_turn(turned) in set(_origins(straight)):
-                return layout
+def _rotated(node: Node) -> str | None:
+    """The layout of the rotary embedding whose result ``node`` is."""
+    return _sum_form(node) or _pair_form(node)
+
+
+def _sum_form(node: Node) -> str | None:
+    """x cos + turn(x) sin."""
+    for straight, crossed in _ordered(node, aten.add.Tensor):
+        for x, _ in _ordered(straight, aten.mul.Tensor):
+            for turn, _ in _ordered(crossed, aten.mul.Tensor):
+                if layout := _turn(turn, x):
+                    return layout
     return None
 
 
-def _turn(node: object, dim: int) -> str | None:
-    """(-x2, x1): in halves, or by neighbours."""
-    pair = _pair(node)
-    if pair is None:
+def _turn(turn: object, x: object) -> str | None:
+    """turn = (-x2, x1)."""
+    if (joined := _joined(turn)) is None or not isinstance(x, Node):
         return None
-    first, second = pair
-    if not _is(_through(first), aten.neg.default):
-        return None
-    low, high = _slice(_through(second)), _slice(_through(_through(first).args[0]))
-    if low == (0, dim // 2, 1) and high == (dim // 2, dim, 1):
-        return "half"
-    if low == (0, dim, 2) and high == (1, dim, 2):
-        return "interleaved"
-    return None
-
-
-def _source_of_turn(node: Node) -> Node:
-    return _through(_through(_pair(node)[1]).args[0])
-
-
-def _origins(mul: Node) -> Iterator[Node]:
-    return (_through(a) for a in mul.args if isinstance(a, Node))
-
-
-def _pair(node: object) -> tuple[Node, Node] | None:
-    """The two tensors that are joined, side by side or interleaved, into ``node``."""
-    node = _through(node) if isinstance(node, Node) else node
-    if _is(node, aten.cat.default) and len(node.args[0]) == 2:
-        return tuple(node.args[0])
-    return None
-
-
-def _slice(node: Node) -> tuple[int, int, int] | None:
-    """Start, end and step of a slice of the last dimension."""
-    if not _is(node, aten.slice.Tensor) or node.args[1] not in (-1, node.meta["val"].dim() - 1):
-        return None
-    start, end, step = (*node.args[2:], None, None, 1)[:3] if len(node.args) < 5 else node.args[2:5]
-    return start, min(end, _dim(node.args[0])), step or 1
+    layout, first, second = joined
+    first = _through(first)
+    found = _is(first, aten.neg.default) and (_part(first.args[0]), _part(second))
+    return layout if found == (Part(_through(x), layout, 1), Part(_through(x), layout, 0)) else None
 
 
 def _pair_form(node: Node) -> str | None:
-    """(a cos - b sin, b cos + a sin), joined side by side (half) or as neighbours (interleaved)."""
-    if not _is(node, aten.cat.default) or len(node.args[0]) != 2:
+    """(x1 cos - x2 sin, x2 cos + x1 sin)."""
+    if (joined := _joined(node)) is None:
         return None
-    real, imaginary = (_through(part) for part in node.args[0])
-    if not (_is(real, aten.sub.Tensor) and _is(imaginary, aten.add.Tensor)):
-        return None
-    a, b = (_factor(real.args[i], imaginary.args) for i in (0, 1))
-    if a is None or b is None or a is b:
-        return None
-    axis = node.args[1] if len(node.args) > 1 else 0
-    rank, parts = node.meta["val"].dim(), {_dim(part) for part in node.args[0]}
-    if axis in (-1, rank - 1):
-        return "interleaved" if parts == {1} else "half"
-    return "half" if axis in (-2, rank - 2) and node.meta["val"].shape[axis] == 2 else None
+    layout, first, second = joined
+    for left, right in _ordered(_through(first), aten.sub.Tensor)[:1]:  # a difference has one order
+        for one, cos in _parts(left):
+            two = one._replace(which=1)
+            sines = [sin for part, sin in _parts(right) if part == two]
+            for third, fourth in _ordered(_through(second), aten.add.Tensor):
+                crossed = (two, cos) in _parts(third) and any((one, sin) in _parts(fourth) for sin in sines)
+                if one.which == 0 and one.layout == layout and crossed:
+                    return layout
+    return None
 
 
-def _factor(product: object, others: tuple) -> Node | None:
-    """The tensor of ``product`` that is a factor of one of ``others`` too: a part of the key, not cos or sin."""
-    if not _is(product, aten.mul.Tensor):
+def _ordered(node: object, target: object) -> list[tuple[Node, Node]]:
+    """The operands of a two-operand node, both ways round."""
+    if not _is(node, target) or node.kwargs:
+        return []
+    a, b = cast(tuple[Node, Node], node.args)
+    return [(a, b), (b, a)]
+
+
+def _parts(product: object) -> list[tuple[Part, object]]:
+    """Those factors of a product that are parts of something, each with the other factor."""
+    factors = _ordered(product, aten.mul.Tensor)
+    return [(part, other) for x, other in factors if isinstance(x, Node) and (part := _part(x))]
+
+
+def _joined(node: object) -> tuple[str, Node, Node] | None:
+    """The two tensors that make up the last dimension: side by side, or in turn."""
+    node = _through(node) if isinstance(node, Node) else node
+    if _is(node, aten.cat.default):
+        return ("half", *cast(list, node.args[0])) if _axis(node) == -1 and _two(node) else None
+    if not _is(node, *_VIEWS):
         return None
-    shared = [x for x in product.args if any(_is(o, aten.mul.Tensor) and x in o.args for o in others)]
-    larger = [x for x in shared if isinstance(x, Node) and x.meta["val"].dim() >= product.meta["val"].dim()]
-    return larger[0] if larger else None
+    stacked: Any = node.args[0]
+    while _is(stacked, *_CASTS):
+        stacked = stacked.args[0]
+    if not (_is(stacked, aten.cat.default) and _two(stacked) and _axis(stacked) in (-1, -2)):
+        return None
+    axis, last = _axis(stacked), _shape(stacked)[-2:]
+    if last[axis] != 2 or _shape(node)[-1] != last[0] * last[1]:
+        return None
+    first, second = (x.args[0] if _is(x, aten.unsqueeze.default) else x for x in stacked.args[0])
+    return "interleaved" if axis == -1 else "half", first, second
+
+
+def _two(cat: Node) -> bool:
+    parts = cat.args[0]
+    return len(parts) == 2 and _shape(parts[0]) == _shape(parts[1])
+
+
+def _part(node: object) -> Part | None:
+    """What ``node`` is a part of: by slicing, splitting, or selecting after a view that parts the last dimension."""
+    node = _through(node) if isinstance(node, Node) else node
+    if _is(node, aten.slice.Tensor) and _axis(node) == -1:
+        return _sliced(node)
+    if _is(node, aten.select.int):
+        return _selected(node, node.args[2])
+    if not _is(node, operator.getitem):
+        return None
+    parted, which = node.args
+    if _is(parted, aten.unbind.int):
+        return _selected(parted, which)
+    whole = parted.args[0]
+    if _is(parted, aten.split.Tensor, aten.split_with_sizes.default) and len(parted.args) > 2:
+        last = parted.args[2] in (-1, len(_shape(whole)) - 1)
+        return Part(_through(whole), "half", which) if last and 2 * _shape(node)[-1] == _shape(whole)[-1] else None
+    return None
+
+
+def _selected(node: Node, which: int) -> Part | None:
+    """One of two along a dimension into which a view has parted the last one."""
+    view = node.args[0]
+    axis = _axis(node)
+    if not _is(view, *_VIEWS) or axis not in (-1, -2):
+        return None
+    whole, last = view.args[0], _shape(view)[-2:]
+    if last[axis] != 2 or last[0] * last[1] != _shape(whole)[-1]:
+        return None
+    return Part(_through(whole), "interleaved" if axis == -1 else "half", which)
+
+
+def _sliced(node: Node) -> Part | None:
+    args: Any = node.args
+    whole, dim = args[0], _shape(args[0])[-1]
+    start, end, step = list(args[2:]) + [0, dim, 1][len(args) - 2 :]
+    found = (start or 0, min(end or dim, dim), step)
+    known = {
+        (0, dim // 2, 1): ("half", 0),
+        (dim // 2, dim, 1): ("half", 1),
+        (0, dim, 2): ("interleaved", 0),
+        (1, dim, 2): ("interleaved", 1),
+    }
+    return Part(_through(whole), *known[found]) if found in known else None

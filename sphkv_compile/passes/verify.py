@@ -10,7 +10,7 @@ from sphkv_compile.runtime.state import STATE_FIELDS
 
 
 def verify(gm: GraphModule, rewritten: Rewritten) -> None:
-    """Each site has one attend, then one append, on state that nothing else touches.
+    """Each site has one attend, then one append, on its own state, whole and in order, which nothing else touches.
 
     Raises:
         AssertionError: a rewritten graph is not what the runtime will feed.
@@ -22,7 +22,11 @@ def verify(gm: GraphModule, rewritten: Rewritten) -> None:
         raise AssertionError("sphkv: inputs and calling convention disagree")
     for number in range(len(rewritten.bindings)):
         begin = len(rewritten.kept) + number * width
-        users = {user for node in inputs[begin : begin + width] for user in node.users}
-        found = sorted(users, key=order.__getitem__)
+        state = tuple(inputs[begin : begin + width])
+        found = sorted({user for node in state for user in node.users}, key=order.__getitem__)
         if [n.target for n in found] != [schema.attend, schema.append]:
             raise AssertionError(f"sphkv: site {number} is touched by {[str(n.target) for n in found]}")
+        if any(n.args[:width] != state for n in found):
+            raise AssertionError(f"sphkv: site {number} takes its state in another order, or another site's")
+        if found[0].args[width : width + 5] != found[1].args[width : width + 5]:
+            raise AssertionError(f"sphkv: site {number} attends to other new tokens than it appends")

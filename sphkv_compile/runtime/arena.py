@@ -26,6 +26,7 @@ class Arena:
     Units: sizes in bytes, offsets in units of 64 bytes.
     """
 
+    @torch.inference_mode(False)  # the bytes may be written in that mode and outside of it
     def __init__(self, nbytes: int, device: torch.device | str = "cpu"):
         self.data = torch.zeros(-(-nbytes // UNIT) * UNIT, dtype=torch.uint8, device=device)
         self.tail = 0

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from sphkv_compile.ops import schema
 from sphkv_compile.ops.append import append
@@ -27,6 +28,8 @@ from sphkv_compile.runtime.pool import Pool, reserve
 from sphkv_compile.runtime.state import BASE, LENGTH, SPANS, START, Geometry, empty_state
 
 LOCK = threading.RLock()
+CHANGES = [0]
+"""How often any tensor has changed hands; while it stands still, what a runner found last time still holds."""
 _plain = torch._C.DisableTorchFunctionSubclass
 
 
@@ -89,20 +92,15 @@ class Owner:
         same = (was_k == k[:, :, :columns]).all(-1).all(1) & (was_v == v[:, :, :columns]).all(-1).all(1)
         columns_of = torch.arange(columns, device=same.device) + base
         same |= columns_of < rows[:, START].clamp(min=0).unsqueeze(1)  # padding is not stored
-        kept = int(torch.where(same.all(0), 1, 0).cumprod(0).sum())
-        if kept < columns:
-            # Whole spans only: a cut span would have to be encoded again from its decoded part.
-            begin = int(rows[:, START].clamp(min=0).max()) + self.layout.sink
-            spans = max(0, (base + kept - begin) // self.layout.span)
-            spans = min(spans, int(rows[:, SPANS].min()))
-            kept = max(0, begin + spans * self.layout.span - base) if spans else 0
-            self.recoded_tokens += columns - kept
+        kept = int(same.all(0).int().cumprod(0).sum())
         if kept == 0:
+            self.recoded_tokens += columns
             return self._forget()
-        rows[:, LENGTH] = base + kept
-        for row in rows:
-            at = int(row[START]) + self.layout.sink
-            row[SPANS] = min(int(row[SPANS]), max(0, (base + kept - at) // self.layout.span))
+        end, begin = base + kept, rows[:, START].clamp(min=0) + self.layout.sink
+        coded = begin + rows[:, SPANS] * self.layout.span
+        cut = torch.where(coded > end, (end - begin).clamp(min=0) % self.layout.span, 0)  # reopened by the next append
+        self.recoded_tokens += columns - kept + int(cut.max())
+        rows[:, LENGTH] = end
         return base
 
     def _forget(self) -> None:
@@ -116,6 +114,7 @@ class Owner:
     def hold(self, k: Tensor, v: Tensor) -> None:
         """Become the owner of ``k`` and ``v``: their storage is released, and eager uses come here first."""
         self.k_ref, self.v_ref, self.holds_codes = weakref.ref(k), weakref.ref(v), True
+        CHANGES[0] += 1
         with _plain(), torch.no_grad(), _disable_current_modes():
             for t in (k, v):
                 if not self.handles:
@@ -132,6 +131,7 @@ class Owner:
             if not self.holds_codes:
                 return
             self.holds_codes, self.exports, self.last_export = False, self.exports + 1, why
+            CHANGES[0] += 1
             k, v = self.k_ref(), self.v_ref()
             columns = next((t.shape[2] for t in (k, v) if t is not None), 0)
             for t, content in zip((k, v), dense(self.state, self.layout, columns)):
@@ -161,31 +161,27 @@ class Owner:
         old.table.fill_(-1)  # its pages now belong to the new table
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Owner:
-        arena = self.pool.arena
-        pool = Pool(arena.used, self.pool.policy, self.pool.plan_every, arena.data.device)
-        twin = Owner(self.layout, self.geometry, pool, self.handles, self.scale)
+        twin = Owner(self.layout, self.geometry, copy.deepcopy(self.pool, memo), self.handles, self.scale)
         for new, was in zip(twin.state[1:], self.state[1:]):
-            new.copy_(was)
-        size = self.layout.page_bytes(self.layout.tiers[0], self.geometry.k_dim, self.geometry.v_dim, self.geometry.itemsize)
-        for index in (self.state.table >= 0).nonzero().tolist():
-            offset, was = pool.arena.take(size), int(self.state.table[tuple(index)])
-            pool.arena.data.view(-1, 64)[offset : offset + size // 64] = arena.data.view(-1, 64)[was : was + size // 64]
-            twin.state.table[tuple(index)] = offset
+            new.copy_(was)  # the copied arena has the same pages at the same offsets
         twin.exports = 1  # its tensors are dense until they are imported
         memo[id(self)] = twin
         return twin
 
 
 def _fill(t: Tensor, content: Tensor, handle: bool) -> None:
-    if handle:
-        t.set_(content[:, :, : t.shape[2]].clone())
-    else:
-        t.untyped_storage().resize_(t.numel() * t.element_size())
-        t.copy_(content)
+    with torch.inference_mode(t.is_inference()):  # outside of that mode, its tensors cannot be written
+        if handle:
+            t.set_(content[:, :, : t.shape[2]].clone())
+        else:
+            t.untyped_storage().resize_(t.numel() * t.element_size())
+            t.copy_(content)
 
 
 def _give_back(pool: Pool, table: Tensor, tiers: Tensor, layout: Layout, g: Geometry) -> None:
-    for offset, tier in zip(table.flatten().tolist(), tiers.flatten().tolist()):
+    with _plain(), _disable_current_modes():  # the garbage collector may come by while a graph is being traced
+        pages = list(zip(table.flatten().tolist(), tiers.flatten().tolist()))
+    for offset, tier in pages:
         if offset >= 0:
             pool.arena.give(offset, layout.page_bytes(layout.tiers[tier], g.k_dim, g.v_dim, g.itemsize))
 
@@ -201,6 +197,11 @@ _METADATA = {
 }  # fmt: skip
 
 
+_GROWS_OR_CROPS = {torch.cat, _T.__getitem__, _T.narrow}
+HEIRS = WeakTensorKeyDictionary()
+"""What eager code made of a growing cache's tensor, to the owner of that tensor: its codes may serve on."""
+
+
 class Guarded(torch.Tensor):
     """A user's cache tensor that has an owner. Metadata is free; any use of the data decodes it first."""
 
@@ -213,9 +214,14 @@ class Guarded(torch.Tensor):
                     args = [schema.owned(a) if isinstance(a, Guarded) else a for a in args]
                     return func(*args, **kwargs)
         elif not torch.compiler.is_compiling() and func not in _METADATA:
-            for leaf in tree_iter((args, kwargs)):
-                if isinstance(leaf, Guarded):
-                    restore(leaf, getattr(func, "__name__", str(func)))
+            leaves = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Guarded)]
+            for leaf in leaves:
+                restore(leaf, getattr(func, "__name__", str(func)))
+            with _plain():
+                out = func(*args, **kwargs)
+            if func in _GROWS_OR_CROPS and leaves and leaves[0]._sphkv.handles:
+                HEIRS[out] = leaves[0]._sphkv
+            return out
         with _plain():
             return func(*args, **kwargs)
 
@@ -225,7 +231,7 @@ class Guarded(torch.Tensor):
         with _plain():
             twin = self.detach().clone()
         memo[id(self)] = twin
-        if owner is not None and not owner.handles:
+        if owner is not None and (self is owner.k_ref() or self is owner.v_ref()):
             other = copy.deepcopy(owner, memo)
             twin._sphkv, twin.__class__ = other, Guarded
             if self is owner.k_ref():
@@ -243,6 +249,17 @@ class Guarded(torch.Tensor):
 def owner_of(t: Any) -> Owner | None:
     """The owner of a user's tensor, if it has one."""
     return t.__dict__.get("_sphkv") if type(t) is Guarded else None
+
+
+def heir_of(k: Tensor, v: Tensor, layout: Layout, memo: dict[int, Any]) -> Owner | None:
+    """An owner for a grown cache that eager code has grown further, or cropped: it starts from a copy of the codes of
+    the tensors that these were made from, and the import finds out how far they still hold."""
+    owner = HEIRS.get(k)
+    if owner is None or owner is not HEIRS.get(v) or owner.layout != layout:
+        return None
+    g = owner.geometry
+    was = (g.batch, g.heads, g.k_dim, g.v_dim, g.k_dtype, g.v_dtype)
+    return copy.deepcopy(owner, memo) if was == (*k.shape[:2], k.shape[3], v.shape[3], k.dtype, v.dtype) else None
 
 
 def restore(t: Tensor, why: str) -> None:
@@ -266,15 +283,18 @@ def handles(owner: Owner, k_shape: tuple, v_shape: tuple) -> tuple[Tensor, Tenso
 
 
 def exclusive(k: Tensor, v: Tensor) -> bool:
-    """Whether the storages of ``k`` and ``v`` belong to them alone, so that they may be released."""
+    """Whether ``k`` and ``v`` are plain tensors whose storages belong to them alone, so that these may be released."""
     with _plain():
         storages = k.untyped_storage(), v.untyped_storage()
         if storages[0].data_ptr() == storages[1].data_ptr() and storages[0].nbytes():
             return False
         for t, storage in zip((k, v), storages):
-            if t.storage_offset() or storage.nbytes() != t.numel() * t.element_size() or t._base is not None:
+            if type(t) not in (Tensor, Guarded) or t._base is not None or not t.is_contiguous():
                 return False
-            if torch._C._storage_Use_Count(storage._cdata) > _OWN_USES:
+            if t.storage_offset() or storage.nbytes() != t.numel() * t.element_size():
+                return False
+            # A storage that numpy or a file shares cannot be resized, and is not counted.
+            if not storage.resizable() or torch._C._storage_Use_Count(storage._cdata) > _OWN_USES:
                 return False
     return True
 

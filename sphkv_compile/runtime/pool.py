@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -34,6 +35,14 @@ class Pool:
         self.tokens_left = 0
         self.plans = self.freed_pages = 0
 
+    @torch.inference_mode(False)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pool:
+        """The same pages at the same offsets, without owners: who is copied joins."""
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        twin.arena, twin.policy, twin.owners = copy.deepcopy(self.arena, memo), copy.deepcopy(self.policy), weakref.WeakSet()
+        return twin
+
     def step(self, tokens: int) -> None:
         """Account for ``tokens`` new tokens; plan when what was reserved may not suffice."""
         self.tokens_left -= tokens
@@ -58,6 +67,7 @@ class Pool:
             state.positions.masked_fill_(drop, -1)
             self.freed_pages += release_empty(state, owner.layout, owner.geometry, self.arena)
 
+    @torch.inference_mode(False)
     def grow(self, nbytes: int) -> None:
         """A larger arena that holds the same pages at the same offsets; every state is pointed at it."""
         old = self.arena.data

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from sphkv_compile.ops.append import visible
 from sphkv_compile.passes.rewrite import Binding, Rewritten
 from sphkv_compile.policies import POLICIES
-from sphkv_compile.runtime.ownership import LOCK, Guarded, Owner, exclusive, handles, owner_of, restore
+from sphkv_compile.runtime.ownership import CHANGES, LOCK, Guarded, Owner, exclusive, handles, heir_of, owner_of, restore
 from sphkv_compile.runtime.pool import Pool, arena_bytes
 from sphkv_compile.runtime.state import Geometry
 from sphkv_compile.spec import CacheSpec
@@ -28,8 +28,15 @@ _plain = torch._C.DisableTorchFunctionSubclass
 
 @dataclass
 class Recent(threading.local):
-    """The owners of the last call in this thread, held weakly: a cache that its user drops must die."""
+    """What the last call in this thread found, held weakly: a cache that its user drops must die.
 
+    Args:
+        changes: :data:`CHANGES` at that time.
+        tensors: (input, reference) of each cache tensor.
+    """
+
+    changes: int = -1
+    tensors: list = field(default_factory=list)
     owners: list = field(default_factory=list)
     pools: list = field(default_factory=list)
 
@@ -86,23 +93,15 @@ class Runner:
         return self._with_handles(out, owners, grown, tokens) if grown else out
 
     def _recent_owners(self, args: list) -> list[Owner] | None:
-        """The owners of the last call, if its cache comes again."""
-        recent = self.recent.owners
-        if not recent:
+        """The owners of the last call, if its cache comes again and nothing has changed hands since."""
+        recent = self.recent
+        if recent.changes != CHANGES[0]:
             return None
-        owners = []
-        for binding, ref in zip(self.rewritten.bindings, recent):
-            owner = ref()
-            if (
-                owner is None
-                or not owner.holds_codes
-                or owner.k_ref() is not args[binding.k_input]
-                or owner.v_ref() is not args[binding.v_input]
-                or owner.geometry.rolling < binding.rolling
-            ):
+        for i, ref in recent.tensors:
+            if ref() is not args[i]:
                 return None
-            owners.append(owner)
-        return owners
+        owners = [ref() for ref in recent.owners]
+        return None if None in owners else owners
 
     # ---- the slow way, when a cache is met for the first time or comes back from eager code
 
@@ -111,7 +110,8 @@ class Runner:
         with LOCK:
             bindings = self.rewritten.bindings
             pairs = [(args[b.k_input], args[b.v_input]) for b in bindings]
-            owners = [_usable_owner(b, *pair) for b, pair in zip(bindings, pairs)]
+            memo: dict[int, Any] = {}  # sites that take over copied codes share the copied pool
+            owners = [_usable_owner(b, *pair, memo) for b, pair in zip(bindings, pairs)]
             dense = [i for i, owner in enumerate(owners) if owner is None or not owner.holds_codes]
             for i in dense:
                 if not bindings[i].outputs and not exclusive(*pairs[i]):
@@ -119,11 +119,20 @@ class Runner:
             missing = [i for i, owner in enumerate(owners) if owner is None]
             self._create(missing, pairs, owners)
             self._make_rolling(owners)
+            if bindings[0].outputs:
+                self._make_room(owners, [k.shape[2] for k, _ in pairs])
             if dense:
                 self._import(dense, pairs, owners, args)
-            self.recent.owners = [weakref.ref(owner) for owner in owners]
-            self.recent.pools = [weakref.ref(pool) for pool in {id(o.pool): o.pool for o in owners}.values()]
+            self._remember(owners, pairs)
             return owners
+
+    def _remember(self, owners: list[Owner], pairs: list) -> None:
+        recent = self.recent
+        recent.changes = CHANGES[0]
+        inputs = [(b.k_input, b.v_input) for b in self.rewritten.bindings]
+        recent.tensors = [(i, weakref.ref(t)) for places, pair in zip(inputs, pairs) for i, t in zip(places, pair)]
+        recent.owners = [weakref.ref(owner) for owner in owners]
+        recent.pools = [weakref.ref(pool) for pool in {id(o.pool): o.pool for o in owners}.values()]
 
     def _create(self, missing: list[int], pairs: list, owners: list) -> None:
         if not missing:
@@ -196,7 +205,7 @@ def release_others(args: list, lookout: list[int]) -> None:
                 args[i] = args[i].as_subclass(Tensor)
 
 
-def _usable_owner(binding: Binding, k: Tensor, v: Tensor) -> Owner | None:
+def _usable_owner(binding: Binding, k: Tensor, v: Tensor, memo: dict[int, Any]) -> Owner | None:
     """The pair's owner, if it stores as this graph wants; another's codes are decoded first."""
     owner = owner_of(k)
     if owner is not None and owner.k_ref() is k and owner.v_ref() is v and owner.layout == binding.layout:
@@ -204,7 +213,7 @@ def _usable_owner(binding: Binding, k: Tensor, v: Tensor) -> Owner | None:
     for t in (k, v):
         if type(t) is Guarded:
             restore(t, "a graph that stores the cache otherwise")
-    return None
+    return heir_of(k, v, binding.layout, memo) if binding.outputs else None
 
 
 def _geometry(binding: Binding, k: Tensor, v: Tensor) -> Geometry:

@@ -87,10 +87,12 @@ class Geometry(NamedTuple):
         return self.batch * self.heads * self.capacity * (self.k_dim * k + self.v_dim * v)
 
 
+@torch.inference_mode(False)
 def empty_state(layout: Layout, g: Geometry, arena: Tensor) -> State:
     """A state that holds no token.
 
-    Every tensor is initialised: masked slots are read and multiplied by zero, and 0 * NaN is NaN.
+    Every tensor is initialised: masked slots are read and multiplied by zero, and 0 * NaN is NaN. None is an inference
+    tensor, so that a cache may be used in inference mode and outside of it in turn.
     """
     spans = layout.spans(g.capacity, g.rolling)
     pages, device, slots = spans * layout.pages_per_span, arena.device, layout.sink + layout.ring

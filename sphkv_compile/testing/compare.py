@@ -19,7 +19,7 @@ class Run:
     """One decoding. ``tokens[i]`` was chosen from ``logits[i]``, the first from the prefill's logits.
 
     Shapes: logits [N, V] float32 on the CPU.
-    Units: seconds of each of the N - 1 steps; the first of them pays for compiling.
+    Units: seconds of each of the N - 1 steps; the first ones pay for compiling.
     """
 
     tokens: list[int]
@@ -30,6 +30,11 @@ class Run:
     def tokens_per_second(self) -> float:
         """From the median step, so that a step that compiled does not count; nan without steps."""
         return 1 / statistics.median(self.seconds) if self.seconds else float("nan")
+
+    @property
+    def extra_seconds(self) -> float:
+        """What all steps took beyond the median step each: compiling, if anything compiled."""
+        return sum(self.seconds) - len(self.seconds) * statistics.median(self.seconds or [0.0])
 
 
 @torch.no_grad()

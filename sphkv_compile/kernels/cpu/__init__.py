@@ -1,1 +1,1 @@
-"""The fused decode kernel of a CPU: ``decode.cpp``, and ``binding`` that builds and calls it."""
+"""The fused kernels of a CPU, in C++; ``binding`` builds and calls them, ``decode.cpp`` is the one to read first."""

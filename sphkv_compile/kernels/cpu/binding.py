@@ -1,7 +1,7 @@
-"""Builds ``decode.cpp`` with Inductor's own compiler and cache, and calls it on a state's memory.
+"""Builds the C++ of this folder with Inductor's own compiler and cache, and calls it on a state's memory.
 
-A call passes one packed structure of addresses and numbers: what is the same at each step of a site is packed once,
-the rest costs a few microseconds. The library is built at the first call on a machine, and found on disk afterwards.
+A call passes one packed structure of addresses and numbers, which costs some ten microseconds. The library is built at
+the first call on a machine, and found on disk afterwards.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from sphkv_compile.codecs.codebook import levels
 from sphkv_compile.runtime.layout import Layout
 from sphkv_compile.runtime.state import State
 
-SOURCE = Path(__file__).with_name("decode.cpp")
+PARTS = ("numbers", "codes", "products", "decode", "append")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Dtypes of keys, values, queries and additive masks, as the kernel numbers them."""
 _BOOL, _NONE = 3, 4
 
-# Inductor turns both off for its own kernels: there it vectorises by hand, and wants eager's rounding.
-_FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast")
+FLAGS = ("-ffp-contract=fast",)
+"""Inductor turns fused multiply-adds off for its own kernels, which shall round as eager does."""
 
-_ATTEND = struct.Struct("=15q12q14q5q10qd")
+_ATTEND = struct.Struct("=15q12q14q5q10q2d")
 _APPEND = struct.Struct("=10q18q5q")
 
 
@@ -41,21 +41,37 @@ class Library(NamedTuple):
     append: Callable[[bytes], int]
 
 
-@lru_cache(None)
-def library() -> Library | None:
-    """The built library; None, after one warning, where it cannot be built."""
+def source() -> str:
+    """The library's source: its parts in order."""
+    files = [Path(__file__).with_name(f"{part}.cpp") for part in PARTS]
+    return "\n".join(f'#line 1 "{file.name}"\n{file.read_text()}' for file in files)
+
+
+def build(flags: tuple[str, ...] = FLAGS) -> Library:
+    """The library, compiled if it is not in Inductor's cache; about 5 seconds then.
+
+    Raises:
+        Exception: whatever Inductor raises without a compiler, a header or a writable cache.
+    """
     from torch._inductor.codecache import CppCodeCache  # a second of imports: only who decodes on a CPU pays it
 
-    try:
-        built = CppCodeCache.load(SOURCE.read_text(), "cpu", extra_flags=_FLAGS)
-    except Exception as problem:  # no compiler, no headers, no writable cache: each has an exception of its own
-        reason = f"{type(problem).__name__}: {str(problem).strip()[:500]}"
-        warnings.warn(f"sphkv: the fused CPU decode kernel was not built, the slower path serves: {reason}", stacklevel=3)
-        return None
-    for name in ("sphkv_attend", "sphkv_append"):
-        entry = getattr(built, name)
+    built = CppCodeCache.load(source(), "cpu", extra_flags=flags)
+    for entry in (built.sphkv_attend, built.sphkv_append):
         entry.argtypes, entry.restype = [ctypes.c_char_p], ctypes.c_int64
     return Library(built.sphkv_attend, built.sphkv_append)
+
+
+@lru_cache(None)
+def library() -> Library | None:
+    """The library, built once in a process; None, after one warning, where it cannot be built."""
+    try:
+        return build()
+    except Exception as problem:
+        reason = f"{type(problem).__name__}: {str(problem).strip()[:500]}"
+        warnings.warn(
+            f"sphkv: the fused CPU decode kernel was not built, the slower path serves. {reason}", stacklevel=3
+        )
+        return None
 
 
 @lru_cache(None)
@@ -101,8 +117,13 @@ def attend(
     mask: Tensor | None,
     is_causal: bool,
     scale: float | None,
+    hidden: float,
 ) -> Tensor | None:
-    """As :func:`sphkv_compile.ops.reference.attend_reference`; None when the mask shows slots after the newest token."""
+    """As :func:`sphkv_compile.ops.reference.attend_reference`; None: the mask shows slots after the newest token.
+
+    Args:
+        hidden: an additive mask hides at and below this.
+    """
     q, k, v = _rows(q), _rows(k), _rows(v)
     (b, hq, t, d), h, dv = q.shape, k.shape[1], v.shape[3]
     constants, _keep = _constants(layout, d, dv, state.exact_k.dtype, state.exact_v.dtype)
@@ -117,6 +138,7 @@ def attend(
         *(first, base, columns, is_causal, torch.get_num_threads()),
         *constants,
         1 / math.sqrt(d) if scale is None else scale,
+        hidden,
     )
     return None if library.attend(packed) else out
 

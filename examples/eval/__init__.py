@@ -1,0 +1,1 @@
+"""How far a compressed cache moves next-token distributions, beside KIVI and TurboQuant-style references."""
