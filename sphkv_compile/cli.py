@@ -85,5 +85,3 @@ def doctor() -> None:
 def main() -> None:
     """Entry point of the console script."""
     app()
-
-

@@ -77,15 +77,25 @@ class Explanation:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield _table(self)
-        yield Text(f"{self.matched} of {len(self.rows)} attentions matched, in {self.graphs} graphs, at {self.spec.tier}.")
+        yield Text(
+            f"{self.matched} of {len(self.rows)} attentions matched, in {self.graphs} graphs, at {self.spec.tier}."
+        )
         if self.matched:
-            text = f"from {self.break_even:,} cached tokens on" if self.break_even else f"at no length up to {LENGTHS[-1]:,} tokens"
+            text = (
+                f"from {self.break_even:,} cached tokens on"
+                if self.break_even
+                else f"at no length up to {LENGTHS[-1]:,} tokens"
+            )
             yield Text(f"Predicted faster than dense on {self.device}: {text}.")
         if not self.rows:
-            yield Text("No attention was found: is the model compiled with its cache, and not with attn_implementation='eager'?")
+            yield Text(
+                "No attention was found: is the model compiled with its cache, and not with attn_implementation='eager'?"
+            )
 
 
-def explain(model: Callable, *args: Any, options: dict | None = None, measure: bool = True, **kwargs: Any) -> Explanation:
+def explain(
+    model: Callable, *args: Any, options: dict | None = None, measure: bool = True, **kwargs: Any
+) -> Explanation:
     """Trace ``model(*args, **kwargs)`` and say what the backend does with each attention in it.
 
     The call runs on copies, dense and uncompiled; the model's caches are as before. With no inputs, a transformers
@@ -117,7 +127,9 @@ def _call(model: Callable) -> Callable:
 def _example_call(model: Callable) -> dict:
     """One decode step of a transformers model over a static cache."""
     if not hasattr(model, "config"):
-        raise TypeError("explain(model) without inputs understands transformers models only; pass a decode step's inputs")
+        raise TypeError(
+            "explain(model) without inputs understands transformers models only; pass a decode step's inputs"
+        )
     from sphkv_compile.integrations.transformers import decode_step
 
     return decode_step(model)
@@ -174,7 +186,9 @@ def break_even(
     return None
 
 
-def _time_attention(spec: CacheSpec, n: int, hq: int, h: int, k_dim: int, v_dim: int, dtype, device) -> tuple[float, float]:
+def _time_attention(
+    spec: CacheSpec, n: int, hq: int, h: int, k_dim: int, v_dim: int, dtype, device
+) -> tuple[float, float]:
     """Seconds of one decode attention over ``n`` cached tokens: codes, dense."""
     layout = Layout.of(spec, "half", k_dim if k_dim % 2 == 0 else 0)
     g = Geometry(1, h, n, k_dim, v_dim, dtype, dtype, False)

@@ -14,7 +14,7 @@ from rich.text import Text
 from sphkv_compile.runtime.certificate import LIMIT, Certificate, certificate
 from sphkv_compile.runtime.layout import Layout
 from sphkv_compile.runtime.ownership import Owner, owner_of
-from sphkv_compile.runtime.state import BASE, LENGTH, SPANS, START, Geometry
+from sphkv_compile.runtime.state import BASE, LENGTH, SPANS, START
 
 
 @dataclass
@@ -233,7 +233,10 @@ def _totals(r: Report) -> Table:
         ("  dense besides", human(r.dense_resident_bytes)),
         ("metadata share beyond the window", f"{100 * r.metadata_share:.1f} %"),
         ("plans, freed pages", f"{r.plans}, {r.freed_pages}"),
-        ("imports, exports, re-encoded tokens", f"{r._sum('imports')}, {r._sum('exports')}, {r._sum('recoded_tokens')}"),
+        (
+            "imports, exports, re-encoded tokens",
+            f"{r._sum('imports')}, {r._sum('exports')}, {r._sum('recoded_tokens')}",
+        ),
         ("heads over the noise limit", f"{len(r.flagged)}"),
     ):
         table.add_row(name, value)
@@ -267,5 +270,3 @@ def _ranges(members: list[int]) -> str:
         else:
             parts.append([i])
     return ", ".join("-".join(map(str, p)) for p in parts)
-
-

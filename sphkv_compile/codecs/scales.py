@@ -9,7 +9,10 @@ _REGULAR = 1e-4  # of the mean moment is added to each: a silent pair gets a lar
 
 
 def pair_scale(k_moment: Tensor, q_moment: Tensor | None, rope: str | None, rotary_dim: int) -> Tensor:
-    """s = (E|k - a|^2 / E|q|^2)^(1/4) per RoPE pair, of geometric mean 1.
+    """s = E|k - a|^2 ^(1/4) / E|q|^2 ^(1/8) per RoPE pair, of geometric mean 1.
+
+    The logit error is least at 1/4 for both moments, if both were known. The queries' is a guess at the future from a few
+    hundred tokens; half its weight gives lower KL on every document and model measured (``make eval``).
 
     A scale that is equal within a pair commutes with RoPE, so it holds at every position. Values are rounded to
     bfloat16, which hides the order in which the moments were summed. Silence gives ones, and so does an unknown RoPE.
@@ -32,10 +35,9 @@ def pair_scale(k_moment: Tensor, q_moment: Tensor | None, rope: str | None, rota
         raise ValueError(f"rope={rope!r}: expected 'half', 'interleaved' or None; the commonest is 'half'")
     if rotary_dim % 2 or not 0 <= rotary_dim <= dim:
         raise ValueError(f"rotary_dim={rotary_dim}: expected an even number up to head_dim {dim}")
-    power = _regular(_pair_mean(k_moment.double(), rope, rotary_dim))
+    log_scale = _regular(_pair_mean(k_moment.double(), rope, rotary_dim)).log() / 4
     if q_moment is not None:
-        power = power / _regular(_pair_mean(q_moment.double(), rope, rotary_dim))
-    log_scale = power.log() / 4
+        log_scale = log_scale - _regular(_pair_mean(q_moment.double(), rope, rotary_dim)).log() / 8
     return (log_scale - log_scale.mean(-1, keepdim=True)).exp().bfloat16().float()
 
 

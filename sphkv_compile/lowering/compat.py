@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 import torch._functorch.config
-from torch.fx import GraphModule
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch.fx import GraphModule
 
 __all__ = ["PATCHES", "compile_fx", "compile_fx_inner", "functorch_patches", "interpret", "mode_patches"]
 

@@ -12,13 +12,14 @@ from sphkv_compile.runtime.layout import Layout
 from sphkv_compile.runtime.state import BASE, FROZEN, LENGTH, SPANS, START, State
 
 
-def first_position(state: State, pos: Tensor | None, start: int | None, count: int) -> int:
-    """Absolute position of the first of ``count`` new tokens.
+def first_position(state: State, pos: Tensor | None, start: int | None, count: int) -> tuple[int, int]:
+    """Absolute position of the first of ``count`` new tokens, and of column 0.
 
     Raises:
         ValueError: the positions are not consecutive, or leave a gap behind the newest token; nothing has been written.
     """
-    base, length = int(state.rows[0, BASE]), int(state.rows[0, LENGTH])
+    counters = state.rows[0].tolist()  # read once: each read costs microseconds, at every step of every layer
+    base, length = counters[BASE], counters[LENGTH]
     first = length if start is None else base + start
     if pos is not None:
         values = pos.tolist()
@@ -33,7 +34,7 @@ def first_position(state: State, pos: Tensor | None, start: int | None, count: i
             f"sphkv: the cache was written at position {first - base} while it holds {length - base} tokens; expected "
             f"{length - base} or less. Fill the gap first, or write it in eager code."
         )
-    return first
+    return first, base
 
 
 HIDDEN = -1e4

@@ -60,13 +60,17 @@ def _place(state: State, pos, start, count: int, columns: int | None, rolling: b
         IndexError: a write past the last column; RuntimeError: a rolling window whose newest column is not where the
         dense buffer has it.
     """
-    first, base = first_position(state, pos, start, count), int(state.rows[0, BASE])
+    first, base = first_position(state, pos, start, count)
     if rolling:
         if columns is not None and first - base != columns:
-            raise RuntimeError(f"sphkv: a full sliding window of {columns} columns was written after {first - base} tokens")
+            raise RuntimeError(
+                f"sphkv: a full sliding window of {columns} columns was written after {first - base} tokens"
+            )
         return first, base + 1
     if columns is not None and first - base + count > columns:
-        raise IndexError(f"sphkv: a write at {first - base}..{first - base + count - 1} into a cache of {columns} columns")
+        raise IndexError(
+            f"sphkv: a write at {first - base}..{first - base + count - 1} into a cache of {columns} columns"
+        )
     return first, base
 
 
@@ -82,6 +86,8 @@ def _attend(*args):
 def _append(*args):
     state = State(*args[:_N])
     q, k, v, pos, start, mask, layout, rolling = args[_N:]
+    if decode.append_in_window(state, Layout.parse(layout), q, k, v, pos, start, rolling):
+        return
     first, base = _place(state, pos, start, k.shape[2], None, rolling)
     starts = real_starts(mask, first, base, k.shape[2], k.shape[0])
     append_state(state, Layout.parse(layout), q, k, v, first, starts)

@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch._logging import trace_structured
-from torch.fx import GraphModule
 
 from sphkv_compile.spec import CacheSpec
-from sphkv_compile.testing.graph import graph_text
 
 logger = logging.getLogger("sphkv_compile")
 

@@ -40,7 +40,11 @@ class Pool:
         """The same pages at the same offsets, without owners: who is copied joins."""
         twin = copy.copy(self)
         memo[id(self)] = twin
-        twin.arena, twin.policy, twin.owners = copy.deepcopy(self.arena, memo), copy.deepcopy(self.policy), weakref.WeakSet()
+        twin.arena, twin.policy, twin.owners = (
+            copy.deepcopy(self.arena, memo),
+            copy.deepcopy(self.policy),
+            weakref.WeakSet(),
+        )
         return twin
 
     def step(self, tokens: int) -> None:

@@ -18,7 +18,17 @@ from torch.utils._python_dispatch import _disable_current_modes
 from sphkv_compile.ops.append import visible
 from sphkv_compile.passes.rewrite import Binding, Rewritten
 from sphkv_compile.policies import POLICIES
-from sphkv_compile.runtime.ownership import CHANGES, LOCK, Guarded, Owner, exclusive, handles, heir_of, owner_of, restore
+from sphkv_compile.runtime.ownership import (
+    CHANGES,
+    LOCK,
+    Guarded,
+    Owner,
+    exclusive,
+    handles,
+    heir_of,
+    owner_of,
+    restore,
+)
 from sphkv_compile.runtime.pool import Pool, arena_bytes
 from sphkv_compile.runtime.state import Geometry
 from sphkv_compile.spec import CacheSpec
@@ -163,7 +173,9 @@ class Runner:
         for i in dense:
             where, mask = facts[2 * i], facts[2 * i + 1]
             binding, (k, v) = self.rewritten.bindings[i], pairs[i]
-            length = k.shape[2] if where is None else int(where.flatten()[0]) if isinstance(where, Tensor) else int(where)
+            length = (
+                k.shape[2] if where is None else int(where.flatten()[0]) if isinstance(where, Tensor) else int(where)
+            )
             owners[i].take(k, v, length, _first_real(mask, length, k.shape[0], binding))
             if not binding.outputs:
                 owners[i].hold(k, v)

@@ -28,6 +28,12 @@ def test_linked_files_exist(name):
 
 
 def test_make_targets_exist():
-    named = set(re.findall(r"`?make ([a-z-]+)", (ROOT / "README.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text()))
+    named = set(
+        re.findall(
+            r"(?:`|^)make ([a-z-]+)",
+            (ROOT / "README.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text(),
+            re.MULTILINE,
+        )
+    )
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {"demo", "test"} <= named <= targets

@@ -12,7 +12,7 @@ from sphkv_compile.ops.reference import attend_reference
 from sphkv_compile.runtime.layout import UNIT, Layout
 from sphkv_compile.runtime.state import BASE, Geometry
 from sphkv_compile.spec import BITS, Tier
-from sphkv_compile.testing.oracle import CacheOracle, Pair, attention, float32_bound, random_tokens, shuffled_state
+from sphkv_compile.testing.oracle import CacheOracle, Pair, attention, float32_bound, random_tokens
 
 SINK, WINDOW, SPAN, PAGE = 2, 8, 16, 8
 CAPACITY = 96

@@ -50,7 +50,14 @@ def test_append(name):
     first, count, rolling, where = CALLS[name]
     g, state = filled(first, rolling=rolling)
     place = where.get("pos"), where.get("start")
-    args = (*state, *as_models_have_them(*random_tokens(g, count)), *place, causal(min(first, 63), count), str(LAYOUT), rolling)
+    args = (
+        *state,
+        *as_models_have_them(*random_tokens(g, count)),
+        *place,
+        causal(min(first, 63), count),
+        str(LAYOUT),
+        rolling,
+    )
     torch.library.opcheck(schema.append, args)
 
 
