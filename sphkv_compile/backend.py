@@ -27,6 +27,7 @@ from sphkv_compile.runtime import log
 from sphkv_compile.runtime.budget import resolve
 from sphkv_compile.runtime.runner import Runner, release_others
 from sphkv_compile.spec import CacheSpec
+from sphkv_compile.testing.graph import graph_text
 
 
 class SiteRefused(RuntimeError):
@@ -56,16 +57,17 @@ def backend(gm: GraphModule, example_inputs: list, *, mode: str | None = None, o
     if not grad:
         lift(gm)
     compiler = compat.interpret if inductor is False else compat.compile_fx_inner
-    inner = functools.partial(compile_inner, spec=spec, grad=grad, compiler=compiler)
+    inner: Any = functools.partial(compile_inner, spec=spec, grad=grad, compiler=compiler)
     with compat.functorch_patches():
-        return compat.compile_fx(gm, example_inputs, inner_compile=inner, config_patches=patches)
+        compiled: Any = compat.compile_fx(gm, example_inputs, inner_compile=inner, config_patches=patches)
+        return compiled
 
 
 def compile_inner(
     gm: GraphModule, example_inputs: list, *, spec: CacheSpec, grad: bool, compiler: Callable, **kwargs: Any
 ) -> Callable:
     """The part that sees AOTAutograd's functional graph; stands in for ``compile_fx_inner``."""
-    before = log.graph_text(gm)
+    before = graph_text(gm)
     verdicts = [] if grad else _verdicts(gm)
     if grad:
         verdicts = [Verdict(n.name, "", refusal=Refusal("grad_mode")) for n in _dense_attention(gm)]
@@ -82,7 +84,7 @@ def compile_inner(
     rewritten = rewrite(gm, sites, spec)
     settle(gm)
     verify(gm, rewritten)
-    log.compiled(verdicts, spec, before, log.graph_text(gm), rewritten)
+    log.compiled(verdicts, spec, before, graph_text(gm), rewritten)
     _require(spec, verdicts)
     inputs = [example_inputs[i] for i in rewritten.kept] + rewritten.state_inputs
     if "static_input_idxs" in kwargs:
@@ -124,7 +126,7 @@ def _guarding(run: Callable, lookout: list[int]) -> Callable:
         release_others(args, lookout)
         return run(args)
 
-    guarded._boxed_call = True
+    guarded._boxed_call = True  # type: ignore[attr-defined]
     return guarded
 
 

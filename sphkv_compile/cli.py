@@ -53,8 +53,17 @@ def byte_table(k_dim: int, v_dim: int, heads: int, layers: int, length: int, men
     from sphkv_compile.runtime.layout import Layout
 
     dense = 2 * (k_dim + v_dim)
-    names = ("key codes", "value codes", "radius", "value scale", "anchor index", "anchor row", "position", "page table",
-             "total", "metadata", "of bf16", f"cache of {length:,} tokens")  # fmt: skip
+    fields = (
+        "key codes",
+        "value codes",
+        "radius",
+        "value scale",
+        "anchor index",
+        "anchor row",
+        "position",
+        "page table",
+    )
+    names = (*fields, "total", "metadata", "of bf16", f"cache of {length:,} tokens")
     columns = [[*(["-"] * 8), f"{dense:g}", "0 %", "1", human(layers * heads * length * dense)]]
     tiers = [CacheSpec(bits=bits) for bits in menu]
     for spec in tiers:

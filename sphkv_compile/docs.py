@@ -1,4 +1,4 @@
-"""The parts of the README that are generated from the code: ``python -m sphkv_compile.docs README.md`` rewrites them."""
+"""The parts of the README that are generated: ``python -m sphkv_compile.docs README.md`` brings them up to date."""
 
 from __future__ import annotations
 
@@ -48,9 +48,10 @@ def rendered(text: str) -> str:
     """
     for name, part in PARTS.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        if not pattern.search(text):
+        found = pattern.search(text)
+        if not found:
             raise ValueError(f"no place for the part {name!r}: expected '<!-- {name} -->' and '<!-- /{name} -->'")
-        text = pattern.sub(lambda m, part=part: m[1] + part() + "\n" + m[2], text)
+        text = text[: found.end(1)] + part() + "\n" + text[found.start(2) :]
     return text
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -85,7 +87,7 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _timed(name: str, what: str, run) -> Check:
+def _timed(name: str, what: str, run: Callable[[], str]) -> Check:
     begin = time.perf_counter()
     try:
         detail = f"{what}: {run()}"
@@ -118,7 +120,7 @@ def _codecs() -> str:
 def _backend() -> str:
     torch.manual_seed(0)
     model, x = SliceCopy(max_seq=64), torch.randn(1, 40, 64)
-    options = {"bits": 16, "window": 8, "span": 16, "page": 16, "strict": True, "inductor": False}
+    options: dict[str, Any] = {"bits": 16, "window": 8, "span": 16, "page": 16, "strict": True, "inductor": False}
     compiled = torch.compile(model, backend=backend, options=options, fullgraph=True)
     with torch.no_grad():
         ours = [compiled(x[:, :39], 0), compiled(x[:, 39:], 39)][-1]

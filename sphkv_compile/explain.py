@@ -86,11 +86,9 @@ class Explanation:
                 if self.break_even
                 else f"at no length up to {LENGTHS[-1]:,} tokens"
             )
-            yield Text(f"Predicted faster than dense on {self.device}: {text}.")
+            yield Text(f"The attention alone is predicted faster than dense on {self.device}: {text}.")
         if not self.rows:
-            yield Text(
-                "No attention was found: is the model compiled with its cache, and not with attn_implementation='eager'?"
-            )
+            yield Text("No attention was found. Is the model called with its cache, under no_grad?")
 
 
 def explain(

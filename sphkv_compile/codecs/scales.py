@@ -11,8 +11,8 @@ _REGULAR = 1e-4  # of the mean moment is added to each: a silent pair gets a lar
 def pair_scale(k_moment: Tensor, q_moment: Tensor | None, rope: str | None, rotary_dim: int) -> Tensor:
     """s = E|k - a|^2 ^(1/4) / E|q|^2 ^(1/8) per RoPE pair, of geometric mean 1.
 
-    The logit error is least at 1/4 for both moments, if both were known. The queries' is a guess at the future from a few
-    hundred tokens; half its weight gives lower KL on every document and model measured (``make eval``).
+    The logit error is least at 1/4 for both moments, if both were known. The queries' is a guess at the future from a
+    few hundred tokens; half its weight gives lower KL at every width on both models measured (``make eval``).
 
     A scale that is equal within a pair commutes with RoPE, so it holds at every position. Values are rounded to
     bfloat16, which hides the order in which the moments were summed. Silence gives ones, and so does an unknown RoPE.

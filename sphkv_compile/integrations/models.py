@@ -173,7 +173,7 @@ def _dequantise(path: Path, out: Path) -> None:
     packed = getattr(transformers, "GgufConfig", None)
     plain = {"quantization_config": packed(dequantize=True)} if packed else {}
     with _offline():
-        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **source, **plain)
+        model: Any = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **source, **plain)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **source)
     model.hf_quantizer = None  # the weights are plain now, and a GGUF quantizer refuses to be saved
     if hasattr(model.config, "quantization_config"):

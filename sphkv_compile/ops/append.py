@@ -9,7 +9,7 @@ from sphkv_compile.codecs.scales import pair_scale
 from sphkv_compile.ops.pages import encode_span, write_pages
 from sphkv_compile.ops.read import decode_span
 from sphkv_compile.runtime.layout import Layout
-from sphkv_compile.runtime.state import BASE, FROZEN, LENGTH, SPANS, START, State
+from sphkv_compile.runtime.state import BASE, FROZEN, HIDDEN, LENGTH, SPANS, START, State
 
 
 def first_position(state: State, pos: Tensor | None, start: int | None, count: int) -> tuple[int, int]:
@@ -35,10 +35,6 @@ def first_position(state: State, pos: Tensor | None, start: int | None, count: i
             f"{length - base} or less. Fill the gap first, or write it in eager code."
         )
     return first, base
-
-
-HIDDEN = -1e4
-"""An additive mask hides at and below this: exp(-1e4) is zero. Models write -inf, the least float, -1e9 or -1e4."""
 
 
 def visible(mask: Tensor) -> Tensor:
@@ -69,7 +65,8 @@ def append(state: State, layout: Layout, q: Tensor | None, k: Tensor, v: Tensor,
 
     Shapes: ``q`` [B, HQ, T, D], ``k`` [B, H, T, D], ``v`` [B, H, T, Dv].
     """
-    rows, groups = state.rows.tolist(), {}
+    rows = state.rows.tolist()
+    groups: dict[tuple[int, int, int], list[int]] = {}
     for b, row in enumerate(rows):
         if row[START] < 0 or first <= row[START]:
             row[START], row[SPANS], row[FROZEN] = starts[b], 0, 0

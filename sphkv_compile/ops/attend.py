@@ -33,7 +33,7 @@ PAGES = 16
 class Call:
     """One attention over the cache, reduced to what every segment needs.
 
-    Shapes: ``q`` float32[B, H, G, T, D], scaled by the softmax scale; ``mask`` as given; T rows start at row ``offset``.
+    Shapes: ``q`` float32[B, H, G, T, D], times the softmax scale; ``mask`` as given; its rows begin at ``offset``.
     """
 
     q: Tensor
@@ -82,7 +82,8 @@ class Softmax:
         lead = q.shape[:-1]
         self.top = q.new_full(lead, -math.inf)
         self.total = q.new_zeros(lead)
-        self.plain, self.turned = q.new_zeros(*lead, v_dim), None
+        self.plain = q.new_zeros(*lead, v_dim)
+        self.turned: Tensor | None = None
 
     def add(self, logits: Tensor, values: Tensor, rotated: bool, weight: Tensor | None = None) -> None:
         """Fold in a segment.
@@ -124,7 +125,7 @@ def attend(
     scale: float | None,
 ) -> Tensor:
     """Same arguments, shapes and result as :func:`sphkv_compile.ops.reference.attend_reference`."""
-    b, hq, count, d = q.shape
+    _, hq, count, d = q.shape
     h = k.shape[1]
     scale = 1 / math.sqrt(d) if scale is None else scale
     _refuse_dropped(state, first, base, k.shape[2], mask)
@@ -148,8 +149,8 @@ def _refuse_dropped(state: State, first: int, base: int, count: int, mask: Tenso
     end = first - base + count
     if end < mask.shape[-1] and bool(visible(mask[..., end:]).any()):
         raise RuntimeError(
-            f"sphkv: the attention mask shows cache slots from {end} on, after the newest token at {end - 1}; a cache of "
-            "codes keeps nothing there. Mask them as a causal mask does, or compile this model with another backend."
+            f"sphkv: the attention mask shows cache slots from {end} on, after the newest token at {end - 1}; a cache "
+            "of codes keeps nothing there. Mask them as a causal mask does, or compile this model with another backend."
         )
 
 

@@ -60,15 +60,14 @@ def _narrow(state: State, rows: slice, pages: slice) -> State:
 def _decode(state: State, layout: Layout, starts: Tensor) -> tuple[Tensor, Tensor]:
     """All of a (narrowed) state's pages. Shapes: -> float32[B, H, P, page, D / Dv]."""
     slots = span_slots(state, layout, state.positions, starts)
-    k = v = None
+    shape, device = state.positions.shape, state.arena.device
+    k, v = (torch.zeros(*shape, x.shape[-1], device=device) for x in (state.exact_k, state.exact_v))
     for index, tier in enumerate(layout.tiers):
         here = (state.tiers == index)[..., None, None]
-        if k is not None and not bool(here.any()):
-            continue
-        pages = read_pages(state, layout, tier, state.table)
-        k_tier, v_tier = decode_pages(state, layout, tier, pages, slots, state.pair_scale)
-        k = k_tier if k is None else torch.where(here, k_tier, k)
-        v = v_tier if v is None else torch.where(here, v_tier, v)
+        if bool(here.any()):
+            pages = read_pages(state, layout, tier, state.table)
+            k_tier, v_tier = decode_pages(state, layout, tier, pages, slots, state.pair_scale)
+            k, v = torch.where(here, k_tier, k), torch.where(here, v_tier, v)
     return k, v
 
 

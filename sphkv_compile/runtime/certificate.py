@@ -5,8 +5,8 @@ variance |q'|^2 |e|^2 / D. So per head
 
     sigma^2 = kappa e_b,    kappa = scale^2 E|q'|^2 E|x|^2 / D
 
-with e_b the codec's relative squared error at b bits. Below .12 approximate logits rank tokens as exact ones do; above 1
-they do not (measured: CODEC law of reliability).
+with e_b the codec's relative squared error at b bits. Below .12 approximate logits rank tokens as exact ones do; above
+1 they do not.
 """
 
 from __future__ import annotations

@@ -83,11 +83,13 @@ class Owner:
         """
         rows = self.state.rows
         if not self.exports or int(rows[:, LENGTH].max()) == 0:
-            return self._forget()
+            self._forget()
+            return None
         base = int(rows[0, BASE])
         columns = min(k.shape[2], int(rows[:, LENGTH].max()) - base, length)
         if columns <= 0:
-            return self._forget()
+            self._forget()
+            return None
         was_k, was_v = dense(self.state, self.layout, columns, base)
         same = (was_k == k[:, :, :columns]).all(-1).all(1) & (was_v == v[:, :, :columns]).all(-1).all(1)
         columns_of = torch.arange(columns, device=same.device) + base
@@ -95,7 +97,8 @@ class Owner:
         kept = int(same.all(0).int().cumprod(0).sum())
         if kept == 0:
             self.recoded_tokens += columns
-            return self._forget()
+            self._forget()
+            return None
         end, begin = base + kept, rows[:, START].clamp(min=0) + self.layout.sink
         coded = begin + rows[:, SPANS] * self.layout.span
         cut = torch.where(coded > end, (end - begin).clamp(min=0) % self.layout.span, 0)  # reopened by the next append
@@ -119,7 +122,7 @@ class Owner:
             for t in (k, v):
                 if not self.handles:
                     t.untyped_storage().resize_(0)
-                t._sphkv = self
+                t.__dict__["_sphkv"] = self
                 if type(t) is not Guarded:
                     t.__class__ = Guarded
 
@@ -145,7 +148,7 @@ class Owner:
         elif self.handles and t.stride(2) == 0:
             with LOCK, _plain(), torch.no_grad(), _disable_current_modes():
                 both = dense(self.state, self.layout, t.shape[2])
-                _fill(t, both[0 if t._sphkv_side == "k" else 1], True)
+                _fill(t, both[0 if t.__dict__["_sphkv_side"] == "k" else 1], True)
 
     def relayout(self, capacity: int, rolling: bool) -> None:
         """Room for more columns. Contents, and the slots of the spans that are held, stay."""
@@ -169,7 +172,7 @@ class Owner:
         return twin
 
 
-def _fill(t: Tensor, content: Tensor, handle: bool) -> None:
+def _fill(t: Any, content: Tensor, handle: bool) -> None:
     with torch.inference_mode(t.is_inference()):  # outside of that mode, its tensors cannot be written
         if handle:
             t.set_(content[:, :, : t.shape[2]].clone())
@@ -219,8 +222,8 @@ class Guarded(torch.Tensor):
                 restore(leaf, getattr(func, "__name__", str(func)))
             with _plain():
                 out = func(*args, **kwargs)
-            if func in _GROWS_OR_CROPS and leaves and leaves[0]._sphkv.handles:
-                HEIRS[out] = leaves[0]._sphkv
+            if func in _GROWS_OR_CROPS and leaves and (owner := owner_of(leaves[0])) and owner.handles:
+                HEIRS[out] = owner
             return out
         with _plain():
             return func(*args, **kwargs)
@@ -233,7 +236,7 @@ class Guarded(torch.Tensor):
         memo[id(self)] = twin
         if owner is not None and (self is owner.k_ref() or self is owner.v_ref()):
             other = copy.deepcopy(owner, memo)
-            twin._sphkv, twin.__class__ = other, Guarded
+            twin.__dict__["_sphkv"], twin.__class__ = other, Guarded
             if self is owner.k_ref():
                 other.k_ref = weakref.ref(twin)
             else:
@@ -276,7 +279,7 @@ def handles(owner: Owner, k_shape: tuple, v_shape: tuple) -> tuple[Tensor, Tenso
     with _plain(), torch.no_grad(), _disable_current_modes():
         for shape, dtype, side in ((k_shape, g.k_dtype, "k"), (v_shape, g.v_dtype, "v")):
             t = torch.full((), float("nan"), dtype=dtype, device=owner.state.arena.device).expand(shape)
-            t._sphkv_side = side
+            t.__dict__["_sphkv_side"] = side
             out.append(t)
     owner.hold(*out)
     return out[0], out[1]

@@ -76,6 +76,7 @@ class Runner:
     ):
         self.run, self.dense, self.prologue, self.rewritten = run, dense, prologue, rewritten
         self.token_count, self.lookout, self.spec = token_count, lookout, spec
+        self.grows = any(b.outputs for b in rewritten.bindings)
         self.recent = Recent()
         self.dense_calls = 0
 
@@ -88,12 +89,12 @@ class Runner:
                 return self._run_dense(args)
         tokens = self.token_count(args)
         bindings = self.rewritten.bindings
-        grown = [(args[b.k_input].shape, args[b.v_input].shape) for b in bindings] if bindings[0].outputs else None
+        grown = [(args[b.k_input].shape, args[b.v_input].shape) for b in bindings] if self.grows else None
         if grown:
             self._make_room(owners, [k[2] + tokens for k, _ in grown])
         for pool in self.recent.pools:
-            if (pool := pool()) is not None:
-                pool.step(tokens)
+            if (alive := pool()) is not None:
+                alive.step(tokens)
         call = [args[i] for i in self.rewritten.kept]
         for owner in owners:
             call.extend(owner.state)
@@ -121,7 +122,7 @@ class Runner:
             bindings = self.rewritten.bindings
             pairs = [(args[b.k_input], args[b.v_input]) for b in bindings]
             memo: dict[int, Any] = {}  # sites that take over copied codes share the copied pool
-            owners = [_usable_owner(b, *pair, memo) for b, pair in zip(bindings, pairs)]
+            owners: list[Any] = [_usable_owner(b, *pair, memo) for b, pair in zip(bindings, pairs)]
             dense = [i for i, owner in enumerate(owners) if owner is None or not owner.holds_codes]
             for i in dense:
                 if not bindings[i].outputs and not exclusive(*pairs[i]):
@@ -129,8 +130,7 @@ class Runner:
             missing = [i for i, owner in enumerate(owners) if owner is None]
             self._create(missing, pairs, owners)
             self._make_rolling(owners)
-            if bindings[0].outputs:
-                self._make_room(owners, [k.shape[2] for k, _ in pairs])
+            self._make_room(owners, [k.shape[2] for k, _ in pairs])
             if dense:
                 self._import(dense, pairs, owners, args)
             self._remember(owners, pairs)
@@ -164,7 +164,7 @@ class Runner:
         _relayout(turned)
 
     def _make_room(self, owners: list[Owner], lengths: list[int]) -> None:
-        small = [(o, _capacity(n), False) for o, n in zip(owners, lengths) if n > o.geometry.capacity]
+        small = [(o, _capacity(n), False) for o, n in zip(owners, lengths) if o.handles and n > o.geometry.capacity]
         _relayout(small)
 
     def _import(self, dense: list[int], pairs: list, owners: list[Owner], args: list) -> None:
@@ -187,8 +187,8 @@ class Runner:
         self.dense_calls += 1
         if self.dense_calls == 1:
             warnings.warn(
-                "sphkv: this cache shares its memory with another tensor, so it cannot be replaced by codes; the call runs "
-                "dense, uncompiled. Give K and V storage of their own.",
+                "sphkv: this cache shares its memory with another tensor, so it cannot be replaced by codes; the call "
+                "runs dense, uncompiled. Give K and V storage of their own.",
                 stacklevel=2,
             )
         for x in args:
@@ -203,8 +203,8 @@ class Runner:
         out = list(out)
         for binding, owner, (k, v) in zip(self.rewritten.bindings, owners, grown):
             shapes = [(*shape[:2], shape[2] + tokens, shape[3]) for shape in (k, v)]
-            for position, handle in zip(binding.outputs, handles(owner, *shapes)):
-                out[position] = handle
+            if binding.outputs:
+                out[binding.outputs[0]], out[binding.outputs[1]] = handles(owner, *shapes)
         return out
 
 

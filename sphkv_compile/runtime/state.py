@@ -15,6 +15,9 @@ from sphkv_compile.runtime.layout import Layout
 START, LENGTH, SPANS, BASE, FROZEN = range(5)
 """Columns of ``rows``: first real position, end position, coded spans, position of column 0, pair scale is fixed."""
 
+HIDDEN = -1e4
+"""An additive mask hides at and below this: exp(-1e4) is zero. Models write -inf, the least float, -1e9 or -1e4."""
+
 
 class State(NamedTuple):
     """One site's cache.

@@ -1,6 +1,6 @@
 """What a cache must hold and what attention over it must give, told without pages, rings or blocks.
 
-:class:`CacheOracle` keeps one dense tensor per side and replaces each span by its decoded codes when the span leaves the
+:class:`CacheOracle` keeps one dense tensor per side and replaces each span by its decoded codes when it leaves the
 window; :func:`attention` does attention in float64; :func:`float32_bound` says how far float32 may be from that.
 :class:`Pair` writes a state and an oracle alike.
 """
@@ -24,8 +24,8 @@ from sphkv_compile.spec import PASSTHROUGH
 
 
 def shuffled_state(layout: Layout, geometry: Geometry, seed: int = 0) -> State:
-    """An empty state that has a page for every slot, scattered over an arena of its own: code that takes pages to lie in
-    order fails on it."""
+    """An empty state that has a page for every slot, scattered over an arena of its own: code that takes pages to lie
+    in order fails on it."""
     size = layout.page_bytes(layout.tiers[0], geometry.k_dim, geometry.v_dim, geometry.itemsize)
     pages = geometry.batch * geometry.heads * layout.spans(geometry.capacity, geometry.rolling) * layout.pages_per_span
     state = empty_state(layout, geometry, torch.zeros(max(1, pages) * size, dtype=torch.uint8))
@@ -93,10 +93,11 @@ class CacheOracle:
         """The span at ``at`` becomes what its codes say."""
         layout, tier, span = self.layout, self.layout.tiers[0], slice(at, at + self.layout.span)
         k, v = self.k[row, :, span], self.v[row, :, span]
-        if self.scale[row] is None:
-            self.scale[row] = self._learn(row, k)
+        scale = self.scale[row]
+        if scale is None:
+            scale = self.scale[row] = self._learn(row, k)
         if tier.k_bits != PASSTHROUGH:
-            rot, scale = layout.rotation(k.shape[-1], k.device), self.scale[row]
+            rot = layout.rotation(k.shape[-1], k.device)
             lowest = min(t.k_bits for t in layout.tiers)
             coded = encode_keys(k, scale, rot, layout.code, tier.k_bits, lowest)
             self.k[row, :, span] = decode_keys(coded, k.shape[-1], scale, rot, layout.code, tier.k_bits)
@@ -145,9 +146,9 @@ class Pair:
                 raise AssertionError(f"content differs at (row, head, position) {wrong[:8]}, {len(wrong)} in all")
         rows = self.state.rows
         counters = rows[:, START].tolist(), rows[:, SPANS].tolist(), rows[:, LENGTH].tolist()
-        expected = self.oracle.start, self.oracle.spans, [self.oracle.length] * len(self.oracle.start)
-        if counters != expected:
-            raise AssertionError(f"starts, spans and lengths are {counters}, expected {expected}")
+        told = self.oracle.start, self.oracle.spans, [self.oracle.length] * len(self.oracle.start)
+        if counters != told:
+            raise AssertionError(f"starts, spans and lengths are {counters}, expected {told}")
         return self
 
 

@@ -1,7 +1,7 @@
-"""One compiled model per kind for all tests here: compiling is what costs, and many caches over one graph is the point.
+"""One compiled model per kind for all tests here: compiling costs, and many caches over one graph is the point.
 
-Graphs run node by node (``"inductor": False``). At 16 bits the pages keep the model's dtype, so that a compiled run must
-give the tokens of the eager one.
+Graphs run node by node (``"inductor": False``). At 16 bits the pages keep the model's dtype, so that a compiled run
+must give the tokens of the eager one.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def the_user_edits_the_cache(m, step, log):
 def in_inference_mode(m, step, log):
     with torch.inference_mode():
         cache = m.cache()
-        token = log.decode(step, cache, log.call(m.eager, cache, prompt(20)), 25)
+        log.decode(step, cache, log.call(m.eager, cache, prompt(20)), 25)
     return cache
 
 

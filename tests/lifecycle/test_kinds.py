@@ -3,6 +3,7 @@
 import gc
 import warnings
 import weakref
+from typing import ClassVar
 
 import pytest
 import torch
@@ -132,7 +133,7 @@ def _gpt_owners(model):
 class TestSliding:
     """Gemma 3: layers with a window of 16 and full ones in turn."""
 
-    OPTIONS = dict(window=4, span=4, page=4, sink=2)
+    OPTIONS: ClassVar = dict(window=4, span=4, page=4, sink=2)
 
     def scenario(self, m, step, log):
         cache = m.cache()

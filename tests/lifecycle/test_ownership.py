@@ -83,7 +83,6 @@ class TestImportAndExport:
             assert owner.recoded_tokens == 0
             assert m.kind == "dynamic" or owner.imports == 11
             new = codes(owner)
-            count = old[0].shape[0] if m.kind == "static" else None
             assert_codes_equal(new, old) if m.kind == "static" else assert_spans_equal(old, new)
         assert int(cache.get_seq_length()) == int(length) + (0 if m.kind == "static" else 10)
 
@@ -317,7 +316,7 @@ def test_an_exception_inside_a_step_leaves_a_usable_cache(compiled, monkeypatch)
                 raise ArithmeticError("in the second layer")
             return attend(*args)
 
-        for at in (0, 7):  # the step that imports, and one in the middle
+        for _ in (0, 7):  # the step that imports, and one in the middle
             calls.clear()
             monkeypatch.setattr(schema.decode, "attend", failing)
             with pytest.raises(ArithmeticError):

@@ -271,8 +271,8 @@ class TestStarts:
 def test_first_position_of_each_way_to_say_it():
     g = geometry_of()
     pair = Pair(layout_of(), g).chunks(random_tokens(g, 10), (10,), [0, 0])
-    assert first_position(pair.state, torch.tensor([9, 10]), None, 2) == 9
-    assert first_position(pair.state, None, 4, 2) == 4
-    assert first_position(pair.state, None, None, 2) == 10
+    assert first_position(pair.state, torch.tensor([9, 10]), None, 2) == (9, 0)
+    assert first_position(pair.state, None, 4, 2) == (4, 0)
+    assert first_position(pair.state, None, None, 2) == (10, 0)
     pair.state.rows[:, BASE] = 3
     assert first_position(pair.state, torch.tensor([7]), None, 1) == 10

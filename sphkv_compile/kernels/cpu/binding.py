@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sphkv_compile.codecs.codebook import levels
 from sphkv_compile.runtime.layout import Layout
-from sphkv_compile.runtime.state import State
+from sphkv_compile.runtime.state import HIDDEN, State
 
 PARTS = ("numbers", "codes", "products", "decode", "append")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -117,7 +117,7 @@ def attend(
     mask: Tensor | None,
     is_causal: bool,
     scale: float | None,
-    hidden: float,
+    hidden: float = HIDDEN,
 ) -> Tensor | None:
     """As :func:`sphkv_compile.ops.reference.attend_reference`; None: the mask shows slots after the newest token.
 
@@ -156,7 +156,7 @@ def append(
 ) -> bool:
     """Append tokens that only enter the sinks or the window; False, and nothing was written, where they do more."""
     k, v, seen = _rows(k), _rows(v), q is not None
-    q = _rows(q) if seen else k
+    q = k if q is None else _rows(q)
     (b, h, t, d), dv = k.shape, v.shape[3]
     memory = state.exact_k, state.exact_v, state.moments, state.energy, state.pair_scale, state.rows
     packed = _APPEND.pack(
