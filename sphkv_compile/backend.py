@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule
+from torch.utils._python_dispatch import _disable_current_modes
 
 from sphkv_compile.lowering import compat
 from sphkv_compile.ops.decode import checked_library
@@ -91,7 +92,8 @@ def compile_inner(
         kwargs["static_input_idxs"] = _static_inputs(kwargs["static_input_idxs"], rewritten)
     run = compiler(gm, inputs, **kwargs)
     if rewritten.state_inputs[0].device.type == "cpu":
-        checked_library()  # built and checked while we compile, not in the first step
+        with _disable_current_modes():  # here every new tensor would be a fake one
+            checked_library()  # built and checked while we compile, not in the first step
     return Runner(run, dense, prologue, rewritten, count, lookout, spec)
 
 

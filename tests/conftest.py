@@ -1,5 +1,6 @@
 """What every test gets: one thread, a fixed seed, and no compiled code left over from the test before."""
 
+import logging
 import sys
 
 import pytest
@@ -9,6 +10,19 @@ from hypothesis import settings
 torch.set_num_threads(1)  # the workers share the cores, and float sums keep one order
 settings.register_profile("sphkv", deadline=None)  # a first call may compile
 settings.load_profile("sphkv")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Keep torch's structured trace out of what pytest captures: it hangs its handlers on each logger that does not
+    propagate, torch writes its trace where it finds any, and that is hundreds of records for each graph."""
+    logging.getLogger("torch.__trace").handlers.clear()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call():
+    """The same, since pytest does so for each phase anew."""
+    logging.getLogger("torch.__trace").handlers.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -25,12 +25,12 @@ def test_a_pair_shares_its_scale_and_dims_past_rope_do_not(rope, rotary_dim):
     assert scale.unique().numel() > 30
 
 
-def test_the_fourth_root_of_key_over_query_power():
+def test_the_fourth_root_of_key_power_over_the_eighth_of_query_power():
     k, q = torch.ones(8, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
     k[[0, 4]], q[[1, 5]] = 16.0**2, 16.0**2
     scale = pair_scale(k, q, "half", 8)
     assert float(scale[0] / scale[2]) == pytest.approx(4, rel=0.01)
-    assert float(scale[1] / scale[2]) == pytest.approx(1 / 4, rel=0.01)
+    assert float(scale[1] / scale[2]) == pytest.approx(1 / 2, rel=0.01)
     keys_only = pair_scale(k, None, "half", 8)
     assert float(keys_only[1] / keys_only[2]) == 1
 

@@ -275,4 +275,4 @@ def test_first_position_of_each_way_to_say_it():
     assert first_position(pair.state, None, 4, 2) == (4, 0)
     assert first_position(pair.state, None, None, 2) == (10, 0)
     pair.state.rows[:, BASE] = 3
-    assert first_position(pair.state, torch.tensor([7]), None, 1) == 10
+    assert first_position(pair.state, torch.tensor([7]), None, 1) == (10, 3)
