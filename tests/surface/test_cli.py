@@ -1,0 +1,64 @@
+"""The sphkv command, and the entry point that torch finds."""
+
+import importlib.metadata
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from sphkv_compile.cli import app
+from sphkv_compile.testing.tiny import tiny
+
+run = CliRunner().invoke
+
+
+def test_inspect_shows_every_tier():
+    result = run(app, ["inspect", "--k-dim", "64", "--bits", "K4V4,2"], env={"COLUMNS": "120"})
+    assert result.exit_code == 0
+    assert "K4V4" in result.output and "K2V2" in result.output and "72.61" in result.output
+
+
+def test_inspect_refuses_a_width_by_name():
+    result = run(app, ["inspect", "--bits", "5"])
+    assert result.exit_code != 0 and "nearest is 4" in str(result.exception)
+
+
+def test_doctor_passes_here():
+    result = run(app, ["doctor"], env={"COLUMNS": "160"})
+    assert result.exit_code == 0, result.output
+    assert torch.__version__ in result.output and "FAILED" not in result.output
+
+
+def test_doctor_fails_when_attention_is_wrong(monkeypatch):
+    import sphkv_compile.doctor as doctor
+
+    right = doctor.attend
+    monkeypatch.setattr(doctor, "attend", lambda *args: right(*args) + 1e-3)
+    result = run(app, ["doctor"], env={"COLUMNS": "160"})
+    assert result.exit_code == 1 and "FAILED" in result.output
+
+
+def test_explain_loads_a_folder(tmp_path):
+    tiny("llama").save_pretrained(tmp_path)
+    result = run(app, ["explain", "--model", str(tmp_path), "--dtype", "float32"], env={"COLUMNS": "160"})
+    assert "tokenizer" in str(result.exception or result.output).lower() or result.exit_code == 0
+
+
+def test_the_entry_point_is_the_only_registration():
+    """Registering in code as well would trip Dynamo's duplicate-name assertion."""
+    assert "sphkv" in torch._dynamo.list_backends()
+    entries = [e for e in importlib.metadata.entry_points(group="torch_dynamo_backends") if e.name == "sphkv"]
+    assert len(entries) == 1 and entries[0].load().__name__ == "backend"
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
+def test_modes_of_torch_compile_are_understood(mode):
+    from sphkv_compile.lowering.compat import mode_patches
+
+    assert isinstance(mode_patches(mode), dict)
+
+
+def test_an_unknown_option_names_the_nearest():
+    step = torch.compile(lambda x: x + 1, backend="sphkv", options={"bit": 4})
+    with pytest.raises(Exception, match="did you mean 'bits'"):
+        step(torch.zeros(1))

@@ -1,0 +1,114 @@
+"""report(): bytes that are allocated, counters that ran, heads that are flagged."""
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import DynamicCache, StaticCache
+
+import sphkv_compile
+from sphkv_compile.testing.tiny import tiny
+
+OPTIONS = {"inductor": False, "window": 8, "span": 16, "page": 8}
+
+
+def decoded(model, cache, prompt: int, steps: int, **options):
+    """A cache that the compiled model has filled: prefill in compiled chunks, then single tokens."""
+    step = torch.compile(model.forward, backend=sphkv_compile.backend, options={**OPTIONS, **options}, fullgraph=True)
+    ids = torch.randint(5, 100, (1, prompt + steps))
+    with torch.no_grad():
+        model(ids[:, :2], cache=cache)
+        step(ids[:, 2:prompt], cache=cache)
+        for i in range(prompt, prompt + steps):
+            step(ids[:, i : i + 1], cache=cache)
+    return cache
+
+
+@pytest.fixture(scope="module")
+def static():
+    model = tiny("llama", head_dim=16)
+    return decoded(model, StaticCache(config=model.config, max_cache_len=96), 60, 12, bits=4)
+
+
+def test_counts_by_hand(static):
+    """72 tokens, 4 sinks, window 8, spans of 16: three spans (48 tokens) are coded, in 2 layers."""
+    r = sphkv_compile.report(static)
+    assert (len(r.sites), r.matched, r.encoded_tokens) == (2, 2, 2 * 48)
+    site = r.sites[0]
+    assert (site.logical_tokens, site.resident_tokens, site.tier, site.rope) == (72, 72, "K4V4", "half")
+    assert site.page_bytes == site.pages * 192  # 8 tokens of 8 + 8 + 4 bytes, in whole units of 64
+    assert site.metadata_bytes == site.pages * 8 * 4
+    assert (site.imports, site.exports, site.recoded_tokens) == (1, 0, 0)
+
+
+def test_bytes_are_those_of_the_storages(static):
+    """Bug: a tensor left out of the account, a shared arena counted per site, dense storage forgotten."""
+    r = sphkv_compile.report(static)
+    owners = [layer.keys.__dict__["_sphkv"] for layer in static.layers]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for o in owners for t in o.state}
+    assert r.resident_bytes == sum(storages.values())
+    assert r.dense_bytes == 2 * 2 * 2 * 96 * 16 * 4
+    assert r.dense_resident_bytes == 0
+
+
+def test_dense_storage_is_counted_once_eager_code_asked_for_it():
+    model = tiny("llama", head_dim=16)
+    cache = decoded(model, StaticCache(config=model.config, max_cache_len=96), 40, 1)
+    before = sphkv_compile.report(cache).resident_bytes
+    cache.layers[0].keys.sum()
+    r = sphkv_compile.report(cache)
+    assert r.matched == 1 and r.sites[0].exports == 1
+    assert r.resident_bytes - before == r.dense_resident_bytes == 2 * 2 * 96 * 16 * 4
+
+
+def test_handles_of_a_growing_cache_are_no_dense_bytes():
+    model = tiny("llama", head_dim=16)
+    r = sphkv_compile.report(decoded(model, DynamicCache(config=model.config), 40, 4))
+    assert r.matched == 2 and r.dense_resident_bytes == 0
+
+
+def test_biased_keys_are_flagged_and_plain_ones_are_not():
+    """A bias at 300 times the spread of the keys turns within a span, so that no anchor holds it."""
+    reports = {}
+    for size in (1.0, 300.0):
+        model = tiny("qwen2", head_dim=16)
+        with torch.no_grad():
+            for layer in model.model.layers:
+                spread = layer.self_attn.k_proj.weight.std() * model.config.hidden_size**0.5
+                layer.self_attn.k_proj.bias.normal_().mul_(size * spread)
+        cache = decoded(model, StaticCache(config=model.config, max_cache_len=96), 60, 12)
+        reports[size] = sphkv_compile.report(cache)
+    assert not reports[1.0].flagged
+    assert len(reports[300.0].flagged) == 2 * 2  # every head of both layers
+    console = Console(width=120, record=True, file=None, quiet=False)
+    with console.capture() as shown:
+        console.print(reports[300.0])
+    assert "4 heads have logit noise over" in shown.get()
+
+
+def test_logit_noise_is_what_the_certificate_says():
+    """sigma^2 against the noise measured with the decoded keys: the law holds within a factor of 1.5 on average."""
+    model = tiny("llama", head_dim=16)
+    cache = decoded(model, StaticCache(config=model.config, max_cache_len=400), 300, 12, bits=3)
+    owner = cache.layers[0].keys.__dict__["_sphkv"]
+    from sphkv_compile.ops.read import dense
+
+    coded = slice(4, 4 + 16 * int(owner.state.rows[0, 2]))
+    found, _ = dense(owner.state, owner.layout, 300)
+    exact = StaticCache(config=model.config, max_cache_len=400)
+    torch.manual_seed(0)
+    ids = torch.randint(5, 100, (1, 312))
+    with torch.no_grad():
+        model(ids[:, :300], cache=exact)
+    error = (found - exact.layers[0].keys[:, :, :300])[:, :, coded]
+    certificates = sphkv_compile.report(cache).sites[0].certificates
+    # an isotropic stand-in for the query in the scaled frame has the energy that the certificate counted
+    scaled = error / owner.state.pair_scale[:, :, None]
+    total, seen = owner.state.energy[0].unbind(-1)
+    measured = (total / seen) * scaled.square().sum(-1).mean(-1)[0] / 16 / 16
+    for c, m in zip(certificates, measured.tolist()):
+        assert 1 / 1.5 < m / c.logit_variance < 1.5
+
+
+def test_nothing_to_report_is_said():
+    with pytest.raises(ValueError, match="no cache tensor that sphkv holds"):
+        sphkv_compile.report({"a": torch.zeros(1)})

@@ -1,0 +1,68 @@
+"""CacheSpec: what is accepted, and what an error says."""
+
+import pytest
+import torch
+
+from sphkv_compile.runtime.budget import WIDEST_FIRST, full_bytes, resolve
+from sphkv_compile.runtime.state import Geometry
+from sphkv_compile.spec import CacheSpec, Tier, parse_bytes
+
+
+@pytest.mark.parametrize(
+    ("bits", "tier"),
+    [(None, Tier(4, 4)), (3, Tier(3, 3)), ("K4V2", Tier(4, 2)), ((8, 4), Tier(8, 4)), (16, Tier(16, 16))],
+)
+def test_ways_to_give_bits(bits, tier):
+    assert CacheSpec(bits=bits).tier == tier
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bits": 5}, "nearest is 4"),
+        ({"bits": "4V4"}, "expected the form 'K4V2'"),
+        ({"bits": 4, "budget": 0.5}, "give one"),
+        ({"sink": -1}, "nearest is 0"),
+        ({"span": 100, "page": 64}, "whole number of pages"),
+        ({"codec": "axis_cosin"}, "did you mean 'axis_cosine'"),
+        ({"policy": "keepall"}, "did you mean 'keep_all'"),
+        ({"budget": "512 parsecs"}, "512MiB"),
+        ({"budget": 1.5}, r"in \(0, 1\]"),
+        ({"budget": 0}, "positive"),
+    ],
+)
+def test_a_bad_field_is_named_with_what_was_expected(fields, message):
+    with pytest.raises(ValueError, match=message):
+        CacheSpec(**fields)
+
+
+def test_an_unknown_option_names_the_nearest():
+    with pytest.raises(TypeError, match="did you mean 'window'"):
+        CacheSpec.from_options({"windo": 3})
+
+
+@pytest.mark.parametrize(("value", "expected"), [("1KiB", 1024), ("2 MB", 2_000_000), (77, 77), (0.25, 250), ("9", 9)])
+def test_budgets_in_bytes(value, expected):
+    assert parse_bytes(value, dense=1000) == expected
+
+
+SITES = [Geometry(1, 2, 1024, 64, 64, torch.bfloat16, torch.bfloat16, False)] * 3
+
+
+def test_a_budget_buys_the_widest_tier_that_fits_and_no_wider():
+    needs = [full_bytes(CacheSpec(bits=str(tier)), SITES) for tier in WIDEST_FIRST]
+    assert needs == sorted(needs, reverse=True)
+    for tier, need in zip(WIDEST_FIRST, needs):
+        assert resolve(CacheSpec(budget=need), SITES).tier == tier
+        assert full_bytes(resolve(CacheSpec(budget=need), SITES), SITES) <= need
+
+
+def test_a_budget_too_small_says_the_least_possible():
+    least = full_bytes(CacheSpec(bits="K2V2"), SITES)
+    with pytest.raises(ValueError, match=f"at least {least:,} bytes"):
+        resolve(CacheSpec(budget=least - 1), SITES)
+
+
+def test_a_growing_cache_has_no_budget():
+    with pytest.raises(ValueError, match="grows without limit"):
+        resolve(CacheSpec(budget="1GiB"), [SITES[0]._replace(capacity=0)])
