@@ -77,9 +77,8 @@ class Explanation:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield _table(self)
-        yield Text(
-            f"{self.matched} of {len(self.rows)} attentions matched, in {self.graphs} graphs, at {self.spec.tier}."
-        )
+        graphs = f"{self.graphs} graph{'s' * (self.graphs != 1)}"
+        yield Text(f"{self.matched} of {len(self.rows)} attentions matched, in {graphs}, at {self.spec.tier}.")
         if self.matched:
             text = (
                 f"from {self.break_even:,} cached tokens on"
@@ -111,6 +110,7 @@ def explain(
     seen: list[log.Compiled] = []
     with torch.no_grad(), log.listening(seen.append):
         torch.compile(_call(model), backend=backend, options=options, dynamic=False)(*args, **kwargs)
+    spec = next((g.spec for g in seen if g.rewritten), spec)  # where a budget chose the tier
     rows = [_row(i, verdict, spec) for i, graph in enumerate(seen) for verdict in graph.verdicts]
     sites = [v.site for graph in seen for v in graph.verdicts if v.site]
     even = break_even(spec, *_attention_shape(sites[0])) if sites and measure else None
