@@ -186,8 +186,7 @@ def _storage_bytes(t: torch.Tensor | None) -> int:
     if t is None:
         return 0
     with torch._C.DisableTorchFunctionSubclass():
-        nbytes = t.untyped_storage().nbytes()
-    return nbytes if nbytes > t.element_size() else 0  # a handle's one element is no cache
+        return t.untyped_storage().nbytes()
 
 
 def _tensors(obj: Any, depth: int = 6, seen: set[int] | None = None) -> Iterator[torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -146,7 +147,7 @@ def _back_to_matmul(node: object, depth: int = 12) -> list[Node] | None:
     return [node, *min(ways, key=len)] if ways else None
 
 
-_SHARED_CODE = ("/torch/", "/transformers/integrations/")
+_SHARED_CODE = (str(Path(torch.__file__).parent), str(Path("transformers", "integrations")))
 
 
 def source_line(node: Node) -> str:

@@ -188,4 +188,7 @@ def _same_symbol(graph: Graph, size: Node) -> Node:
 def _drop_outputs(output: Node, site: Site) -> None:
     """A grown buffer that was an output is replaced at run time by a handle; the graph returns nothing there."""
     if site.outputs:
-        output.args = (tuple(None if x in site.outputs else x for x in output.args[0]),)
+        gone = {i for i, x in enumerate(output.args[0]) if x in site.outputs}
+        output.args = (tuple(None if i in gone else x for i, x in enumerate(output.args[0])),)
+        if shown := output.meta.get("user_visible_output_idxs"):  # Inductor asks for the strides of each of these
+            output.meta["user_visible_output_idxs"] = [i for i in shown if i not in gone]

@@ -120,8 +120,7 @@ class Owner:
         CHANGES[0] += 1
         with _plain(), torch.no_grad(), _disable_current_modes():
             for t in (k, v):
-                if not self.handles:
-                    t.untyped_storage().resize_(0)
+                t.untyped_storage().resize_(0)
                 t.__dict__["_sphkv"] = self
                 if type(t) is not Guarded:
                     t.__class__ = Guarded
@@ -139,16 +138,17 @@ class Owner:
             columns = next((t.shape[2] for t in (k, v) if t is not None), 0)
             for t, content in zip((k, v), dense(self.state, self.layout, columns)):
                 if t is not None:
-                    _fill(t, content, self.handles)
+                    _fill(t, content)
 
     def materialize(self, t: Tensor, why: str) -> None:
         """Give ``t`` its content back. A handle of an earlier step still reads what it was when it was made."""
         if t is self.k_ref() or t is self.v_ref():
             self.export(why)
-        elif self.handles and t.stride(2) == 0:
+        elif self.handles:
             with LOCK, _plain(), torch.no_grad(), _disable_current_modes():
-                both = dense(self.state, self.layout, t.shape[2])
-                _fill(t, both[0 if t.__dict__["_sphkv_side"] == "k" else 1], True)
+                if not t.untyped_storage().nbytes():
+                    both = dense(self.state, self.layout, t.shape[2])
+                    _fill(t, both[0 if t.__dict__["_sphkv_side"] == "k" else 1])
 
     def relayout(self, capacity: int, rolling: bool) -> None:
         """Room for more columns. Contents, and the slots of the spans that are held, stay."""
@@ -172,13 +172,10 @@ class Owner:
         return twin
 
 
-def _fill(t: Any, content: Tensor, handle: bool) -> None:
+def _fill(t: Tensor, content: Tensor) -> None:
     with torch.inference_mode(t.is_inference()):  # outside of that mode, its tensors cannot be written
-        if handle:
-            t.set_(content[:, :, : t.shape[2]].clone())
-        else:
-            t.untyped_storage().resize_(t.numel() * t.element_size())
-            t.copy_(content)
+        t.untyped_storage().resize_(t.numel() * t.element_size())
+        t.copy_(content)
 
 
 def _give_back(pool: Pool, table: Tensor, tiers: Tensor, layout: Layout, g: Geometry) -> None:
@@ -278,7 +275,7 @@ def handles(owner: Owner, k_shape: tuple, v_shape: tuple) -> tuple[Tensor, Tenso
     out = []
     with _plain(), torch.no_grad(), _disable_current_modes():
         for shape, dtype, side in ((k_shape, g.k_dtype, "k"), (v_shape, g.v_dtype, "v")):
-            t = torch.full((), float("nan"), dtype=dtype, device=owner.state.arena.device).expand(shape)
+            t = torch.empty(shape, dtype=dtype, device=owner.state.arena.device)  # its memory is released unused
             t.__dict__["_sphkv_side"] = side
             out.append(t)
     owner.hold(*out)

@@ -13,6 +13,7 @@ OPTIONS = {"inductor": False, "window": 8, "span": 16, "page": 8}
 
 def decoded(model, cache, prompt: int, steps: int, **options):
     """A cache that the compiled model has filled: prefill in compiled chunks, then single tokens."""
+    torch._dynamo.reset()  # module fixtures are made before the reset of each test
     step = torch.compile(model.forward, backend=sphkv_compile.backend, options={**OPTIONS, **options}, fullgraph=True)
     ids = torch.randint(5, 100, (1, prompt + steps))
     with torch.no_grad():
