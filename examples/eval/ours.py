@@ -10,6 +10,7 @@ from sphkv_compile.codecs.keys import decode_keys, encode_keys, radius_bytes
 from sphkv_compile.codecs.rotation import rotation
 from sphkv_compile.codecs.scales import pair_scale
 from sphkv_compile.codecs.values import decode_values, encode_values
+from sphkv_compile.spec import CacheSpec
 
 
 class Ours(Method):
@@ -41,6 +42,7 @@ class Ours(Method):
     def stored_bits(self, dim: int, span: int) -> tuple[float, float]:
         radius, index = 8 * radius_bytes(self.k_bits), 8  # per token; the index names the token's anchor
         row = 8 * dim + 32  # per span: int8 anchor, its bf16 step, the bf16 radius unit
-        keys = 8 * self.codec.code_bytes(dim, self.k_bits) + radius + index + row / span
+        place = 32 + 40 / CacheSpec().page  # a position per token, offset and tier per page; keys and values share them
+        keys = 8 * self.codec.code_bytes(dim, self.k_bits) + radius + index + row / span + place
         values = 8 * self.codec.code_bytes(dim, self.v_bits) + 16
         return keys / dim, values / dim

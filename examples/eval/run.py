@@ -42,7 +42,7 @@ def methods(quick: bool) -> list[Method]:
     ours: list[Method] = [Ours(k, v) for k, v in WIDTHS]
     if quick:
         return [*ours, Kivi(4, 4, 64), Kivi(2, 2, 32), TurboQuant(4, 4), TurboQuant(2, 2)]
-    equal = ((2, 128), (2, 64), (2, 32), (3, 128), (3, 64), (4, 128), (4, 64))
+    equal = ((2, 128), (2, 64), (2, 32), (3, 128), (3, 64), (4, 128), (4, 64), (4, 32))
     mixed = ((3, 2), (4, 3))  # keys need bits more than values: at equal widths KIVI would be undersold
     kivi = [Kivi(bits, bits, group) for bits, group in equal] + [Kivi(k, v, 64) for k, v in mixed]
     turbo = [TurboQuant(k, v) for k, v in ((2, 2), (3, 2), (3, 3), (4, 3), (4, 4), (5, 5))]

@@ -24,12 +24,10 @@ from sphkv_compile.ops import schema
 from sphkv_compile.ops.append import append
 from sphkv_compile.ops.read import dense
 from sphkv_compile.runtime.layout import Layout
-from sphkv_compile.runtime.pool import Pool, reserve
+from sphkv_compile.runtime.pool import CHANGES, Pool, reserve
 from sphkv_compile.runtime.state import BASE, LENGTH, SPANS, START, Geometry, empty_state
 
 LOCK = threading.RLock()
-CHANGES = [0]
-"""How often any tensor has changed hands; while it stands still, what a runner found last time still holds."""
 _plain = torch._C.DisableTorchFunctionSubclass
 
 
@@ -160,6 +158,7 @@ class Owner:
             else:
                 new[:, :, : was.shape[2]] = was
         self.state = state
+        CHANGES[0] += 1
         weakref.finalize(self, _give_back, self.pool, state.table, state.tiers, self.layout, self.geometry)
         old.table.fill_(-1)  # its pages now belong to the new table
 

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from sphkv_compile.runtime.ownership import Owner
 
 
+CHANGES = [0]
+"""How often any cache has changed hands or been laid out anew; while it stands still, what a runner found last time
+still holds."""
+
+
 class Pool:
     """Pages of several sites in one allocation.
 
@@ -80,6 +85,7 @@ class Pool:
         self.arena.data = data
         for owner in self.owners:
             owner.state = owner.state._replace(arena=data)
+        CHANGES[0] += 1
 
 
 def page_bytes(layout: Layout, g: Geometry, tier: int = 0) -> int:

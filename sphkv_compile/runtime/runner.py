@@ -7,7 +7,6 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from sphkv_compile.ops.append import visible
 from sphkv_compile.passes.rewrite import Binding, Rewritten
 from sphkv_compile.policies import POLICIES
 from sphkv_compile.runtime.ownership import (
-    CHANGES,
     LOCK,
     Guarded,
     Owner,
@@ -29,26 +27,35 @@ from sphkv_compile.runtime.ownership import (
     owner_of,
     restore,
 )
-from sphkv_compile.runtime.pool import Pool, arena_bytes
+from sphkv_compile.runtime.pool import CHANGES, Pool, arena_bytes
 from sphkv_compile.runtime.state import Geometry
 from sphkv_compile.spec import CacheSpec
 
 _plain = torch._C.DisableTorchFunctionSubclass
 
 
-@dataclass
-class Recent(threading.local):
-    """What the last call in this thread found, held weakly: a cache that its user drops must die.
+class Recent:
+    """What a call found, for the next call in the same thread: cache tensors by identity, and the state behind them.
+
+    It is cleared when any of the tensors dies, so that a cache which its user drops is freed, and an identity is never
+    that of a later object.
 
     Args:
         changes: :data:`CHANGES` at that time.
-        tensors: (input, reference) of each cache tensor.
     """
 
-    changes: int = -1
-    tensors: list = field(default_factory=list)
-    owners: list = field(default_factory=list)
-    pools: list = field(default_factory=list)
+    def __init__(self, tensors: list[Tensor], owners: list[Owner]):
+        self.changes = CHANGES[0]
+        self.identities = list(map(id, tensors))
+        self.state: list[Tensor] = [t for owner in owners for t in owner.state]
+        self.pools = list({id(o.pool): o.pool for o in owners}.values())
+        me = weakref.ref(self)  # the tensors must not keep this alive either
+
+        def clear(_: Any) -> None:
+            if (alive := me()) is not None:
+                alive.identities, alive.state, alive.pools = [], [], []
+
+        self.watched = [weakref.ref(t, clear) for t in tensors]
 
 
 class Runner:
@@ -77,42 +84,48 @@ class Runner:
         self.run, self.dense, self.prologue, self.rewritten = run, dense, prologue, rewritten
         self.token_count, self.lookout, self.spec = token_count, lookout, spec
         self.grows = any(b.outputs for b in rewritten.bindings)
-        self.recent = Recent()
+        self.cache_inputs = [i for b in rewritten.bindings for i in (b.k_input, b.v_input)]
+        self.local = threading.local()
         self.dense_calls = 0
 
     def __call__(self, args: list) -> Any:
         release_others(args, self.lookout)
-        owners = self._recent_owners(args)
-        if owners is None:
+        recent: Recent | None = getattr(self.local, "recent", None)
+        tokens = self.token_count(args)
+        if self.grows or recent is None or not self._comes_again(recent, args):
             owners = self._find_owners(args)
             if owners is None:
                 return self._run_dense(args)
-        tokens = self.token_count(args)
-        bindings = self.rewritten.bindings
-        grown = [(args[b.k_input].shape, args[b.v_input].shape) for b in bindings] if self.grows else None
-        if grown:
-            self._make_room(owners, [k[2] + tokens for k, _ in grown])
-        for pool in self.recent.pools:
-            if (alive := pool()) is not None:
-                alive.step(tokens)
+            if self.grows:
+                return self._run_growing(args, owners, tokens)
+            recent = self.local.recent = Recent([args[i] for i in self.cache_inputs], owners)
+        for pool in recent.pools:
+            pool.step(tokens)
         call = [args[i] for i in self.rewritten.kept]
-        for owner in owners:
-            call.extend(owner.state)
+        call += recent.state
         args.clear()
         with _plain():
-            out = self.run(call)
-        return self._with_handles(out, owners, grown, tokens) if grown else out
+            return self.run(call)
 
-    def _recent_owners(self, args: list) -> list[Owner] | None:
-        """The owners of the last call, if its cache comes again and nothing has changed hands since."""
-        recent = self.recent
-        if recent.changes != CHANGES[0]:
-            return None
-        for i, ref in recent.tensors:
-            if ref() is not args[i]:
-                return None
-        owners = [ref() for ref in recent.owners]
-        return None if None in owners else owners
+    def _comes_again(self, recent: Recent, args: list) -> bool:
+        """Whether these are the tensors of the last call, and nothing has changed hands since."""
+        return recent.changes == CHANGES[0] and recent.identities == [id(args[i]) for i in self.cache_inputs]
+
+    def _run_growing(self, args: list, owners: list[Owner], tokens: int) -> list:
+        """A cache that grows: room for the new tokens first, handles of the new length last."""
+        grown = [(args[b.k_input].shape, args[b.v_input].shape) for b in self.rewritten.bindings]
+        self._make_room(owners, [k[2] + tokens for k, _ in grown])
+        for pool in {id(o.pool): o.pool for o in owners}.values():
+            pool.step(tokens)
+        call = [args[i] for i in self.rewritten.kept] + [t for owner in owners for t in owner.state]
+        args.clear()
+        with _plain():
+            out = list(self.run(call))
+        for binding, owner, (k, v) in zip(self.rewritten.bindings, owners, grown):
+            if binding.outputs:
+                longer = [(*shape[:2], shape[2] + tokens, shape[3]) for shape in (k, v)]
+                out[binding.outputs[0]], out[binding.outputs[1]] = handles(owner, *longer)
+        return out
 
     # ---- the slow way, when a cache is met for the first time or comes back from eager code
 
@@ -133,16 +146,7 @@ class Runner:
             self._make_room(owners, [k.shape[2] for k, _ in pairs])
             if dense:
                 self._import(dense, pairs, owners, args)
-            self._remember(owners, pairs)
             return owners
-
-    def _remember(self, owners: list[Owner], pairs: list) -> None:
-        recent = self.recent
-        recent.changes = CHANGES[0]
-        inputs = [(b.k_input, b.v_input) for b in self.rewritten.bindings]
-        recent.tensors = [(i, weakref.ref(t)) for places, pair in zip(inputs, pairs) for i, t in zip(places, pair)]
-        recent.owners = [weakref.ref(owner) for owner in owners]
-        recent.pools = [weakref.ref(pool) for pool in {id(o.pool): o.pool for o in owners}.values()]
 
     def _create(self, missing: list[int], pairs: list, owners: list) -> None:
         if not missing:
@@ -198,14 +202,6 @@ class Runner:
         args.clear()
         with _plain():
             return self.dense(*plain)
-
-    def _with_handles(self, out: Any, owners: list[Owner], grown: list, tokens: int) -> list:
-        out = list(out)
-        for binding, owner, (k, v) in zip(self.rewritten.bindings, owners, grown):
-            shapes = [(*shape[:2], shape[2] + tokens, shape[3]) for shape in (k, v)]
-            if binding.outputs:
-                out[binding.outputs[0]], out[binding.outputs[1]] = handles(owner, *shapes)
-        return out
 
 
 def release_others(args: list, lookout: list[int]) -> None:

@@ -86,10 +86,11 @@ def test_turboquant_of_zero_is_zero():
 @pytest.mark.parametrize(
     "method, dim, keys, values",
     [
-        # 64 codes of 4 bits, a radius byte, an index byte; an anchor row of 64 bytes and two bf16 per 128 tokens
-        (Ours(4, 4), 64, (256 + 8 + 8 + (512 + 32) / 128) / 64, (256 + 16) / 64),
-        (Ours(3, 2), 256, (768 + 8 + 8 + (2048 + 32) / 128) / 256, (512 + 16) / 256),
-        (Ours(8, 4), 64, (512 + 16 + 8 + (512 + 32) / 128) / 64, (256 + 16) / 64),
+        # 64 codes of 4 bits, a radius byte, an index byte, a position; an anchor row of 64 bytes and two bf16 per 128
+        # tokens, an offset and a tier per 64
+        (Ours(4, 4), 64, (256 + 8 + 8 + 32 + (512 + 32) / 128 + 40 / 64) / 64, (256 + 16) / 64),
+        (Ours(3, 2), 256, (768 + 8 + 8 + 32 + (2048 + 32) / 128 + 40 / 64) / 256, (512 + 16) / 256),
+        (Ours(8, 4), 64, (512 + 16 + 8 + 32 + (512 + 32) / 128 + 40 / 64) / 64, (256 + 16) / 64),
         # 64 tokens of a channel share two half floats; 128 channels do not exist, so a value group holds 64
         (Kivi(4, 4, 64), 64, (64 * 4 + 32) / 64, (64 * 4 + 32) / 64),
         (Kivi(2, 3, 128), 64, (128 * 2 + 32) / 128, (64 * 3 + 32) / 64),

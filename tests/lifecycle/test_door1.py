@@ -6,7 +6,7 @@ cache's contents must agree.
 
 import pytest
 import torch
-from conftest import Log, assert_same, assert_same_content, content, prompt
+from runs import Log, assert_same, assert_same_content, content, prompt
 
 from sphkv_compile import report
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from conftest import CAPACITY, OPTIONS, Log, assert_same, assert_same_content, owners, prompt
+from runs import CAPACITY, OPTIONS, Log, assert_same, assert_same_content, owners, prompt
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 import sphkv_compile

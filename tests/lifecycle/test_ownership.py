@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import OPTIONS, Log, assert_same, assert_same_content, content, owners, prompt
+from runs import OPTIONS, Log, assert_same, assert_same_content, content, owners, prompt
 
 import sphkv_compile
 from sphkv_compile import report
