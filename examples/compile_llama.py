@@ -141,11 +141,16 @@ def main(
         dense = job.side("dense", torch.compile(network.forward) if compile_dense else network.forward)
         compiled = torch.compile(network.forward, backend=sphkv_compile.backend, options=options, fullgraph=True)
         coded = job.side("spherical", compiled, feed=dense.free.tokens)
-    out = Console()
+    out, held = Console(), sphkv_compile.report(coded.cache)
     out.print(explanation)
-    out.print(sphkv_compile.report(coded.cache))
+    out.print(held)
     out.print(texts(tokenizer, dense.free.tokens, coded.free.tokens))
     out.print(summary(dense, coded))
+    if not held.encoded_tokens:
+        out.print("No token was coded: this context is shorter than sinks, window and one span (260 tokens).")
+    if explanation.refused or held.matched < explanation.matched:
+        out.print(f"[red]{held.matched} of {len(explanation.rows)} attentions hold codes.[/] The reasons are above.")
+        raise typer.Exit(1)
 
 
 # ---- what goes in
