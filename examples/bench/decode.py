@@ -4,7 +4,8 @@
 
 Both sides are compiled by Inductor and take turns, block by block, so that a busy machine slows both alike; figures are
 medians. Beside the ratio: compile time of both, the runner's own overhead per step, resident cache bytes, and the peak
-of resident memory in prefill and decode. The record goes to examples/bench/records/.
+of resident memory in prefill, import and decode (each side in a process of its own). The record goes to
+examples/bench/records/.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +49,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, default=6)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--name", default="decode", help="of the record")
+    parser.add_argument("--peaks", metavar="SIDE", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -63,39 +68,60 @@ def load(name: str, dtype: torch.dtype) -> Any:
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
-class Memory:
-    """Peak of the process's resident memory since the last reset (Linux). Units: bytes."""
+def options_of(name: str) -> dict:
+    return {"bits": int(name) if name.isdigit() else name}
 
-    @staticmethod
-    def reset() -> int:
-        gc.collect()
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-        return Memory.read("VmRSS")
 
-    @staticmethod
-    def read(field: str = "VmHWM") -> int:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(field):
-                return int(line.split()[1]) * 1024
-        return 0
+def resident(field: str) -> int:
+    """``VmRSS`` (now) or ``VmHWM`` (peak since the last reset) of this process, on Linux. Units: bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def peak_of(run: Callable[[], Any], base: int) -> int:
+    """Peak of resident memory during ``run``, over ``base``. Units: bytes."""
+    gc.collect()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    run()
+    return resident("VmHWM") - base
+
+
+def prefill(model: Any, prompt: torch.Tensor, capacity: int) -> Any:
+    from transformers import StaticCache
+
+    cache = StaticCache(config=model.config, max_cache_len=capacity)
+    for chunk in prompt.split(512, 1):
+        model(chunk, use_cache=True, logits_to_keep=1, **{cache_keyword(model): cache})
+    return cache
+
+
+def peaks(model: Any, prompt: torch.Tensor, capacity: int, name: str) -> dict[str, int]:
+    """Memory of one side, uncompiled, so that the compiler's own is not in it. Units: bytes over the loaded model."""
+    call = {"use_cache": True, "logits_to_keep": 1}
+    model(prompt[:, :512], **call)  # what the model needs without any cache
+    step, base, caches = model.forward, resident("VmRSS"), []
+    found = {"prefill_peak": peak_of(lambda: caches.append(prefill(model, prompt, capacity)), base)}
+    call[cache_keyword(model)] = caches[0]
+    if name != "dense":
+        step = torch.compile(step, backend=sphkv_compile.backend, options={**options_of(name), "inductor": False})
+    found["first_step_peak"] = peak_of(lambda: step(prompt[:, :1], **call), base)
+    step(prompt[:, :1], **call)
+    found["decode_peak"] = peak_of(lambda: [step(prompt[:, :1], **call) for _ in range(4)], base)
+    return found
 
 
 class Side:
     """A compiled model and its own cache."""
 
     def __init__(self, model: Any, prompt: torch.Tensor, capacity: int, options: dict | None):
-        from transformers import StaticCache
-
         torch._dynamo.reset()
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="sphkv-bench-")  # compile cold, both sides
         self.keyword = cache_keyword(model)
         backend = {"backend": "inductor"} if options is None else {"backend": sphkv_compile.backend, "options": options}
-        base = Memory.reset()
-        self.cache = StaticCache(config=model.config, max_cache_len=capacity)
-        for chunk in prompt.split(512, 1):
-            model(chunk, use_cache=True, logits_to_keep=1, **{self.keyword: self.cache})
-        self.prefill_peak = Memory.read() - base
+        self.cache = prefill(model, prompt, capacity)
         self.forward = torch.compile(model.forward, fullgraph=True, **backend)
         begin = time.perf_counter()
         self.token = prompt[:, :1]
@@ -103,9 +129,7 @@ class Side:
         self.step()  # the cache tensors' type has changed: the second and last graph
         self.compile_seconds = time.perf_counter() - begin
         self.seconds: list[float] = []
-        base = Memory.reset()
         self.block(4)
-        self.decode_peak = Memory.read() - base
         self.seconds.clear()
 
     def step(self) -> None:
@@ -156,9 +180,12 @@ def main() -> None:
     capacity = args.length + 2 * (args.steps * args.blocks + 64)
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, model.config.vocab_size, (1, args.length), generator=generator)
+    if args.peaks:
+        print(json.dumps(peaks(model, prompt, capacity, args.peaks)))
+        return
     sides: dict[str, Side] = {}
     for name in ("dense", *args.bits):
-        options = None if name == "dense" else {"bits": int(name) if name.isdigit() else name}
+        options = None if name == "dense" else options_of(name)
         with console.status(f"{name}: prefill and compile"):
             sides[name] = Side(model, prompt, capacity, options)
     with console.status("decoding in turns"):
@@ -184,8 +211,10 @@ def row(args: argparse.Namespace, name: str, side: Side, dense: Side) -> dict[st
     out = {
         "what": name, "ms": median * 1e3, "ratio": median / statistics.median(dense.seconds),
         "compile_s": side.compile_seconds, "compile_ratio": side.compile_seconds / dense.compile_seconds,
-        "prefill_peak": side.prefill_peak, "decode_peak": side.decode_peak,
     }  # fmt: skip
+    with console.status(f"{name}: memory, in a process of its own"):
+        command = [sys.executable, __file__, *sys.argv[1:], "--peaks", name]
+        out |= json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
     if side is dense:
         return out | {"resident": sum(x.keys.nbytes + x.values.nbytes for x in side.cache.layers)}
     report = sphkv_compile.report(side.cache)
@@ -199,10 +228,10 @@ def row(args: argparse.Namespace, name: str, side: Side, dense: Side) -> dict[st
 def show(record: dict[str, Any]) -> None:
     """Print the record."""
     title = f"{record['model']} {record['dtype']}, {record['length']:,} cached tokens, {record['threads']} threads"
-    names = ("ms/step", "of dense", "compile s", "of dense", "cache MiB", "prefill peak", "decode peak")
+    names = ("ms/step", "of dense", "compile s", "of dense", "cache MiB", "peak: prefill", "first step", "decode")
     table = Table("", *names, title=title, title_justify="left")
     for r in record["rows"]:
-        memory = (f"{r[k] / 2**20:.0f}" for k in ("resident", "prefill_peak", "decode_peak"))
+        memory = (f"{r[k] / 2**20:.0f}" for k in ("resident", "prefill_peak", "first_step_peak", "decode_peak"))
         times = f"{r['ms']:.1f}", f"{r['ratio']:.2f}", f"{r['compile_s']:.0f}", f"{r['compile_ratio']:.2f}"
         table.add_row(r["what"], *times, *memory)
     console.print(table)

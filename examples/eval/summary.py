@@ -72,14 +72,15 @@ def width_table(rows: Sequence[Row], model: str) -> Table:
         table.add_column(column, justify="right")
     for (method, k_bits, v_bits), (bits, kl) in sorted(means.items(), key=lambda item: -item[1][0]):
         if method == "sphkv":
-            others = [_reference(means, name, bits) for name in FAMILIES if name != "sphkv"]
+            others = [reference_at(means, name, bits) for name in FAMILIES if name != "sphkv"]
             best = min((o for o in others if o is not None), default=math.nan)
             cells = ["-" if o is None else f"{o:.5f}" for o in others]
             table.add_row(f"{k_bits}/{v_bits}", f"{bits:.3f}", f"{kl:.5f}", *cells, f"{kl / best:.2f}")
     return table
 
 
-def _reference(means: dict[tuple[str, int, int], tuple[float, float]], name: str, bits: float) -> float | None:
+def reference_at(means: dict[tuple[str, int, int], tuple[float, float]], name: str, bits: float) -> float | None:
+    """KL of a reference family at ``bits``; None where it was not measured so far up."""
     points = [point for (method, *_), point in means.items() if family(method) == name]
     try:
         return at_equal_bits(points, bits)
@@ -111,7 +112,7 @@ def verdicts(rows: Sequence[Row], model: str) -> list[tuple[str, bool]]:
             name = f"{reference[0]} {reference[1]}/{reference[2]}"
             found.append((f"{model}: K{k_bits}V{v_bits} / {name} = {ratio:.2f} (at most {most})", ratio <= most))
     for (method, k_bits, v_bits), (bits, kl) in means.items():
-        others = [_reference(means, name, bits) for name in FAMILIES if name != "sphkv"]
+        others = [reference_at(means, name, bits) for name in FAMILIES if name != "sphkv"]
         if method == "sphkv" and None not in others:
             found.append((f"{model}: K{k_bits}V{v_bits} lowest at {bits:.2f} bits", all(kl < o for o in others if o)))
     return found

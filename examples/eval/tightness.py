@@ -1,6 +1,6 @@
 """How tight the bounds of codecs/THEORY.md are on real keys, and what key geometry does to the codes.
 
-    python examples/eval/tightness.py [--model smollm2] [--tokens 768] [--out examples/eval/records/tightness.json]
+    python examples/eval/tightness.py [--model smollm2] [--tokens 768] [--out examples/eval/tightness.json]
 
 The model reads Python's own language reference (``pydoc_data``). Its queries, keys and values are taken as they enter
 attention, after RoPE; one layer in three is measured. Sinks are exact; spans have 128 tokens; scales are fitted on the
@@ -241,7 +241,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", choices=["smollm2", "gemma3"])
     parser.add_argument("--tokens", type=int, default=768)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "records" / "tightness.json")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("tightness.json"))
     args = parser.parse_args()
     layers, inv_freq = capture(args.model, args.tokens)
     record: dict = json.loads(args.out.read_text()) if args.out.exists() else {}

@@ -4,15 +4,14 @@ import re
 from pathlib import Path
 
 import pytest
-
-from sphkv_compile.docs import rendered
+from readme import rendered
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_generated_parts_are_up_to_date():
     text = (ROOT / "README.md").read_text()
-    assert rendered(text) == text, "run: python -m sphkv_compile.docs README.md"
+    assert rendered(text) == text, "run: make docs"
 
 
 def test_missing_part_is_named():

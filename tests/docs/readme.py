@@ -1,0 +1,106 @@
+"""The parts of the README that are generated: ``make docs`` brings them up to date."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from sphkv_compile.patterns import IDIOMS, REFUSALS
+
+from sphkv_compile.runtime.layout import Layout
+from sphkv_compile.spec import CacheSpec
+
+
+def idiom_table() -> str:
+    """What is matched, from the first line of each pattern's docstring."""
+    rows = [f"| `{name}` | {(module.__doc__ or '').strip().splitlines()[0]} |" for name, module in IDIOMS.items()]
+    return "\n".join(["| idiom | how the model writes its cache |", "|---|---|", *rows])
+
+
+def refusal_table() -> str:
+    """What stays dense, and why."""
+    rows = [f"| `{code}` | {text} |" for code, text in REFUSALS.items()]
+    return "\n".join(["| code | the attention stays dense because |", "|---|---|", *rows])
+
+
+def metadata_table() -> str:
+    """Bytes per token and kv head beyond the window. Units: bytes."""
+    lines = ["| tier | D | codes | metadata | total | of bf16 |", "|---|---|---|---|---|---|"]
+    for bits in ("K8V4", "K4V4", "K4V2", "K3V2", "K2V2"):
+        for dim in (64, 128):
+            layout = Layout.of(CacheSpec(bits=bits))
+            f = layout.fields(layout.tiers[0], dim, dim, (2, 2))
+            beside = f.metadata + 4 + 5 / layout.page + (dim + 4) / layout.span
+            total = f.k + f.v + beside
+            lines.append(f"| {bits} | {dim} | {f.k + f.v} | {beside:.2f} | {total:.2f} | {total / (4 * dim):.3f} |")
+    return "\n".join(lines)
+
+
+ROOT = Path(__file__).parents[2]
+RECORDS = ROOT / "examples"
+sys.path.insert(0, str(ROOT))  # the examples are no installed package
+
+
+def quality_table() -> str:
+    """KL at equal total bits, from the evaluation's records. Units: nats, bits per element."""
+    from examples.eval.summary import FAMILIES, geometric_means, reference_at
+
+    lines = ["| K/V bits | model | total bits | ours | KIVI | TurboQuant-style |", "|---|---|---|---|---|---|"]
+    for path in sorted(RECORDS.glob("eval/records/*.json")):
+        rows = json.loads(path.read_text())
+        means = geometric_means(rows, path.stem)
+        for (method, k, v), (bits, kl) in sorted(means.items(), key=lambda item: -item[1][0]):
+            if method == "sphkv":
+                others = [reference_at(means, name, bits) for name in FAMILIES if name != "sphkv"]
+                cells = " | ".join("-" if x is None else f"{x:.4f}" for x in others)
+                lines.append(f"| {k}/{v} | {path.stem} | {bits:.2f} | **{kl:.4f}** | {cells} |")
+    return "\n".join(lines)
+
+
+def speed_table() -> str:
+    """The decode bench's records. Units: milliseconds, MiB."""
+    head = ("tokens", "side", "ms/step", "of dense", "compile", "cache MiB", "peak MiB: prefill, first step, decode")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for path in sorted(RECORDS.glob("bench/records/decode*.json")):
+        record = json.loads(path.read_text())
+        for r in record["rows"]:
+            side = "dense" if r["what"] == "dense" else str(CacheSpec(bits=_bits(r["what"])).tier)
+            peaks = ", ".join(f"{r[k] / 2**20:.0f}" for k in ("prefill_peak", "first_step_peak", "decode_peak"))
+            lines.append(
+                f"| {record['length']:,} | {side} | {r['ms']:.1f} | {r['ratio']:.2f} | {r['compile_s']:.0f} s | "
+                f"{r['resident'] / 2**20:.0f} | {peaks} |"
+            )
+    return "\n".join(lines)
+
+
+def _bits(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
+
+
+PARTS: dict[str, Callable[[], str]] = {"idioms": idiom_table, "refusals": refusal_table, "metadata": metadata_table}
+"""From the code alone."""
+MEASURED: dict[str, Callable[[], str]] = {"quality": quality_table, "speed": speed_table}
+"""From the records of evaluation and bench."""
+
+
+def rendered(text: str) -> str:
+    """``text`` with every generated part brought up to date.
+
+    Raises:
+        ValueError: a part has no place in the text.
+    """
+    for name, part in (PARTS | MEASURED).items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        found = pattern.search(text)
+        if not found:
+            raise ValueError(f"no place for the part {name!r}: expected '<!-- {name} -->' and '<!-- /{name} -->'")
+        text = text[: found.end(1)] + part() + "\n" + text[found.start(2) :]
+    return text
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(rendered(path.read_text()))
