@@ -11,7 +11,6 @@ sides read the same tokens, the bytes that each cache holds, and the speed.
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -89,7 +88,7 @@ class Job:
         count = self.count if feed is None else len(feed)
         task = begin(self.progress, f"{label}: prefill", count)
         cache = StaticCache(config=self.model.config, max_cache_len=self.ids.shape[1] + self.count)
-        passed = {_cache_argument(self.model): cache, "use_cache": True}
+        passed = {cache_keyword(self.model): cache, "use_cache": True}
         began = time.perf_counter()
         with torch.no_grad():
             logits = self.model(self.ids, **passed, logits_to_keep=1).logits
@@ -225,11 +224,6 @@ def _manual() -> str:
     from pydoc_data.topics import topics
 
     return topics["with"] + topics["assert"]
-
-
-def _cache_argument(model: Any) -> str:
-    """transformers 5.17 calls it past_key_values, 5.24 cache."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 # ---- what comes out

@@ -14,11 +14,14 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 import sphkv_compile
+from sphkv_compile.integrations.transformers import cache_keyword
 from sphkv_compile.runtime.ownership import Owner, owner_of
 from sphkv_compile.testing.tiny import tiny
 
 OPTIONS = {"inductor": False, "bits": 16, "window": 8, "span": 16, "page": 8}
 BATCH, CAPACITY = 2, 96
+CACHE = cache_keyword(tiny("llama"))
+"""The name under which models take their cache."""
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +79,7 @@ class Log:
 
     def call(self, step: Callable, cache, ids: Tensor) -> Tensor:
         """Run ``ids`` through ``step``. Shapes: -> int64[B, 1], the next token."""
-        logits = step(ids, cache=cache, use_cache=True).logits[:, -1:]
+        logits = step(ids, use_cache=True, **{CACHE: cache}).logits[:, -1:]
         self.logits.append(logits.clone())
         self.tokens.append(logits.argmax(-1))
         return self.tokens[-1]

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from runs import CAPACITY, OPTIONS, Log, assert_same, assert_same_content, owners, prompt
+from runs import CACHE, CAPACITY, OPTIONS, Log, assert_same, assert_same_content, owners, prompt
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 import sphkv_compile
@@ -201,7 +201,7 @@ class TestPadding:
         def run(step, rows, first):
             cache, out, seen = m.cache(), [], mask[rows, first:]
             place = (seen.cumsum(1) - 1).clamp(min=0)
-            kwargs = dict(cache=cache, use_cache=True)
+            kwargs = {CACHE: cache, "use_cache": True}
             logits = m.eager(ids[rows, first:], attention_mask=seen, position_ids=place, **kwargs).logits
             for _ in range(count):
                 out.append(logits[:, -1].argmax(-1))

@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from runs import OPTIONS, Log, assert_same, assert_same_content, content, owners, prompt
+from runs import CACHE, OPTIONS, Log, assert_same, assert_same_content, content, owners, prompt
 
 import sphkv_compile
 from sphkv_compile import report
@@ -323,7 +323,7 @@ def test_an_exception_inside_a_step_leaves_a_usable_cache(compiled, monkeypatch)
             calls.clear()
             monkeypatch.setattr(schema.decode, "attend", failing)
             with pytest.raises(ArithmeticError):
-                m.step(tokens[1], cache=caches[1], use_cache=True)
+                m.step(tokens[1], use_cache=True, **{CACHE: caches[1]})
             monkeypatch.setattr(schema.decode, "attend", attend)
             tokens = [log.decode(f, c, t, 7) for log, f, c, t in zip(logs, (m.eager, m.step), caches, tokens)]
         assert_same(logs[1], logs[0])

@@ -7,6 +7,7 @@ from transformers import StaticCache
 
 import sphkv_compile
 from sphkv_compile.explain import LENGTHS, bytes_per_token
+from sphkv_compile.integrations.transformers import cache_keyword
 from sphkv_compile.runtime.layout import Layout
 from sphkv_compile.spec import CacheSpec
 from sphkv_compile.testing.gpt_fast import SliceCopy
@@ -33,11 +34,11 @@ def test_refusals_are_named_with_their_line():
 def test_the_cache_is_as_before():
     model = tiny("llama")
     cache = StaticCache(config=model.config, max_cache_len=32)
-    ids = torch.arange(6)[None]
+    ids, kept = torch.arange(6)[None], {cache_keyword(model): cache}
     with torch.no_grad():
-        model(ids, cache=cache)
+        model(ids, **kept)
     keys = cache.layers[0].keys.clone()
-    sphkv_compile.explain(model, ids[:, :1], cache=cache, use_cache=True, measure=False)
+    sphkv_compile.explain(model, ids[:, :1], use_cache=True, measure=False, **kept)
     assert type(cache.layers[0].keys) is torch.Tensor
     assert torch.equal(cache.layers[0].keys, keys)
     assert int(cache.get_seq_length()) == 6

@@ -6,6 +6,7 @@ from rich.console import Console
 from transformers import DynamicCache, StaticCache
 
 import sphkv_compile
+from sphkv_compile.integrations.transformers import cache_keyword
 from sphkv_compile.testing.tiny import tiny
 
 OPTIONS = {"inductor": False, "window": 8, "span": 16, "page": 8}
@@ -15,12 +16,12 @@ def decoded(model, cache, prompt: int, steps: int, **options):
     """A cache that the compiled model has filled: prefill in compiled chunks, then single tokens."""
     torch._dynamo.reset()  # module fixtures are made before the reset of each test
     step = torch.compile(model.forward, backend=sphkv_compile.backend, options={**OPTIONS, **options}, fullgraph=True)
-    ids = torch.randint(5, 100, (1, prompt + steps))
+    ids, kept = torch.randint(5, 100, (1, prompt + steps)), {cache_keyword(model): cache}
     with torch.no_grad():
-        model(ids[:, :2], cache=cache)
-        step(ids[:, 2:prompt], cache=cache)
+        model(ids[:, :2], **kept)
+        step(ids[:, 2:prompt], **kept)
         for i in range(prompt, prompt + steps):
-            step(ids[:, i : i + 1], cache=cache)
+            step(ids[:, i : i + 1], **kept)
     return cache
 
 
@@ -99,7 +100,7 @@ def test_logit_noise_is_what_the_certificate_says():
     torch.manual_seed(0)
     ids = torch.randint(5, 100, (1, 312))
     with torch.no_grad():
-        model(ids[:, :300], cache=exact)
+        model(ids[:, :300], **{cache_keyword(model): exact})
     error = (found - exact.layers[0].keys[:, :, :300])[:, :, coded]
     certificates = sphkv_compile.report(cache).sites[0].certificates
     # an isotropic stand-in for the query in the scaled frame has the energy that the certificate counted

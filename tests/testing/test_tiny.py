@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers import StaticCache
 
+from sphkv_compile.integrations.transformers import cache_keyword
 from sphkv_compile.testing.tiny import FAMILIES, WINDOW, tiny, tiny_config, tiny_gpt_fast
 
 
@@ -19,8 +20,9 @@ def test_cached_decode_equals_full_forward(family):
     model, length = tiny(family), WINDOW + 8
     ids = torch.randint(2, 128, (2, length))
     cache = StaticCache(config=model.config, max_cache_len=length)
-    parts = [logits(model, ids[:, :10], cache=cache)]
-    parts += [logits(model, ids[:, i : i + 1], cache=cache) for i in range(10, length)]
+    kept = {cache_keyword(model): cache}
+    parts = [logits(model, ids[:, :10], **kept)]
+    parts += [logits(model, ids[:, i : i + 1], **kept) for i in range(10, length)]
     torch.testing.assert_close(torch.cat(parts, 1), logits(model, ids, use_cache=False), rtol=0, atol=1e-4)
 
 
