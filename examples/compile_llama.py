@@ -38,6 +38,7 @@ from transformers.utils import logging as transformers_logging
 
 import sphkv_compile
 from sphkv_compile.integrations.models import load
+from sphkv_compile.integrations.transformers import cache_keyword
 from sphkv_compile.spec import CacheSpec
 from sphkv_compile.testing.compare import Run, decode, first_divergence, token_kl
 

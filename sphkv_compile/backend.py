@@ -22,13 +22,13 @@ from sphkv_compile.passes.match import Verdict, match
 from sphkv_compile.passes.normalize import normalize, settle
 from sphkv_compile.passes.prologue import prologue_of, snapshot, token_counter
 from sphkv_compile.passes.rewrite import geometry, rewrite
+from sphkv_compile.passes.text import graph_text
 from sphkv_compile.passes.verify import verify
 from sphkv_compile.patterns import Refusal
 from sphkv_compile.runtime import log
 from sphkv_compile.runtime.budget import resolve
 from sphkv_compile.runtime.runner import Runner, release_others
 from sphkv_compile.spec import CacheSpec
-from sphkv_compile.testing.graph import graph_text
 
 
 class SiteRefused(RuntimeError):

@@ -50,7 +50,7 @@ def inspect(
 def byte_table(k_dim: int, v_dim: int, heads: int, layers: int, length: int, menu: list[int | str]) -> Table:
     """Bytes by field, a column per tier. Units: bytes per token and kv head; the last rows are the whole cache."""
     from sphkv_compile.report import human
-    from sphkv_compile.runtime.layout import Layout
+    from sphkv_compile.storage.layout import Layout
 
     dense = 2 * (k_dim + v_dim)
     fields = (

@@ -17,11 +17,11 @@ from sphkv_compile.backend import backend
 from sphkv_compile.ops.append import append
 from sphkv_compile.ops.decode import attend, checked_library
 from sphkv_compile.ops.reference import attend_reference
-from sphkv_compile.runtime.arena import Arena
-from sphkv_compile.runtime.layout import Layout
 from sphkv_compile.runtime.pool import arena_bytes, reserve
-from sphkv_compile.runtime.state import Geometry, empty_state
 from sphkv_compile.spec import CacheSpec, Tier
+from sphkv_compile.storage.arena import Arena
+from sphkv_compile.storage.layout import Layout
+from sphkv_compile.storage.state import Geometry, empty_state
 from sphkv_compile.testing.gpt_fast import SliceCopy
 
 PACKAGES = ("sphkv-compile", "torch", "triton", "sympy", "transformers", "numpy", "gguf", "accelerate")

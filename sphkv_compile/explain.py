@@ -20,11 +20,11 @@ from sphkv_compile.backend import backend
 from sphkv_compile.ops.decode import attend
 from sphkv_compile.passes.match import Verdict
 from sphkv_compile.runtime import log
-from sphkv_compile.runtime.arena import Arena
-from sphkv_compile.runtime.layout import Layout
 from sphkv_compile.runtime.pool import arena_bytes, reserve
-from sphkv_compile.runtime.state import LENGTH, Geometry, empty_state
 from sphkv_compile.spec import CacheSpec
+from sphkv_compile.storage.arena import Arena
+from sphkv_compile.storage.layout import Layout
+from sphkv_compile.storage.state import LENGTH, Geometry, empty_state
 
 
 @dataclass(frozen=True)

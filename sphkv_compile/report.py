@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from sphkv_compile.runtime.certificate import LIMIT, Certificate, certificate
-from sphkv_compile.runtime.layout import Layout
 from sphkv_compile.runtime.ownership import Owner, owner_of
-from sphkv_compile.runtime.state import BASE, LENGTH, SPANS, START
+from sphkv_compile.storage.layout import Layout
+from sphkv_compile.storage.state import BASE, LENGTH, SPANS, START
 
 
 @dataclass

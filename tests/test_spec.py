@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sphkv_compile.runtime.budget import WIDEST_FIRST, full_bytes, resolve
-from sphkv_compile.runtime.state import Geometry
 from sphkv_compile.spec import CacheSpec, Tier, parse_bytes
+from sphkv_compile.storage.state import Geometry
 
 
 @pytest.mark.parametrize(

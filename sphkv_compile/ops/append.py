@@ -8,8 +8,8 @@ from torch import Tensor
 from sphkv_compile.codecs.scales import pair_scale
 from sphkv_compile.ops.pages import encode_span, write_pages
 from sphkv_compile.ops.read import decode_span
-from sphkv_compile.runtime.layout import Layout
-from sphkv_compile.runtime.state import BASE, FROZEN, HIDDEN, LENGTH, SPANS, START, State
+from sphkv_compile.storage.layout import Layout
+from sphkv_compile.storage.state import BASE, FROZEN, HIDDEN, LENGTH, SPANS, START, State
 
 
 def first_position(state: State, pos: Tensor | None, start: int | None, count: int) -> tuple[int, int]:

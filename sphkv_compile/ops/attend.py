@@ -19,9 +19,9 @@ from sphkv_compile.codecs.rotation import unrotate
 from sphkv_compile.ops.append import visible
 from sphkv_compile.ops.pages import radii, read_pages, span_slots
 from sphkv_compile.ops.read import exact_positions
-from sphkv_compile.runtime.layout import Layout
-from sphkv_compile.runtime.state import LENGTH, SPANS, START, State
 from sphkv_compile.spec import PASSTHROUGH, Tier
+from sphkv_compile.storage.layout import Layout
+from sphkv_compile.storage.state import LENGTH, SPANS, START, State
 
 QUERIES = 256
 """Query tokens handled at once: bounds the scratch of a long prefill."""

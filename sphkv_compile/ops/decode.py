@@ -12,9 +12,9 @@ from torch import Tensor
 from sphkv_compile.kernels.cpu import binding
 from sphkv_compile.ops import attend as blockwise
 from sphkv_compile.ops.append import append as append_python
-from sphkv_compile.runtime.layout import UNIT, Layout
-from sphkv_compile.runtime.state import Geometry, State, empty_state
 from sphkv_compile.spec import Tier
+from sphkv_compile.storage.layout import UNIT, Layout
+from sphkv_compile.storage.state import Geometry, State, empty_state
 
 __all__ = ["append_in_window", "attend", "checked_library"]
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from sphkv_compile.codecs.keys import KeySpan, encode_keys, radius_value
 from sphkv_compile.codecs.values import encode_values
-from sphkv_compile.runtime.layout import UNIT, Layout
-from sphkv_compile.runtime.state import State
 from sphkv_compile.spec import PASSTHROUGH, Tier
+from sphkv_compile.storage.layout import UNIT, Layout
+from sphkv_compile.storage.state import State
 
 
 class Pages(NamedTuple):

@@ -8,9 +8,9 @@ from torch import Tensor
 from sphkv_compile.codecs.keys import KeySpan, decode_keys
 from sphkv_compile.codecs.values import decode_values
 from sphkv_compile.ops.pages import Pages, read_pages, span_slots
-from sphkv_compile.runtime.layout import Layout
-from sphkv_compile.runtime.state import BASE, START, State
 from sphkv_compile.spec import PASSTHROUGH, Tier
+from sphkv_compile.storage.layout import Layout
+from sphkv_compile.storage.state import BASE, START, State
 
 
 def decode_pages(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sphkv_compile.ops.read import dense
-from sphkv_compile.runtime.layout import Layout
-from sphkv_compile.runtime.state import State
+from sphkv_compile.storage.layout import Layout
+from sphkv_compile.storage.state import State
 
 
 def attend_reference(

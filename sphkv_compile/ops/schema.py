@@ -15,8 +15,8 @@ from torch import Tensor
 from sphkv_compile.ops import decode
 from sphkv_compile.ops.append import append as append_state
 from sphkv_compile.ops.append import first_position, real_starts
-from sphkv_compile.runtime.layout import Layout
-from sphkv_compile.runtime.state import BASE, STATE_FIELDS, State
+from sphkv_compile.storage.layout import Layout
+from sphkv_compile.storage.state import BASE, STATE_FIELDS, State
 
 _DEVICES = ("CPU", "CUDA")
 _LIB = torch.library.Library("sphkv", "DEF")

@@ -3,50 +3,18 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from sphkv_compile.ops import schema
 from sphkv_compile.patterns import Site
-from sphkv_compile.runtime.layout import Layout
-from sphkv_compile.runtime.state import STATE_FIELDS, Geometry, empty_state
+from sphkv_compile.runtime.convention import Binding, Rewritten
 from sphkv_compile.spec import CacheSpec
+from sphkv_compile.storage.layout import Layout
+from sphkv_compile.storage.state import STATE_FIELDS, Geometry, empty_state
 
 aten = torch.ops.aten
-
-
-@dataclass
-class Binding:
-    """How the runtime feeds one rewritten site.
-
-    Args:
-        k_input, v_input: positions of the dense buffers among the original inputs.
-        outputs: positions of the grown buffers among the graph's outputs (``dynamic_cat``).
-    """
-
-    idiom: str
-    k_input: int
-    v_input: int
-    layout: Layout
-    rolling: bool
-    outputs: tuple[int, ...] = ()
-    scale: float | None = None
-
-
-@dataclass
-class Rewritten:
-    """A rewritten graph's calling convention.
-
-    Args:
-        kept: which of the original inputs the graph still takes, in order; state follows, site by site.
-        state_inputs: fake state tensors, as many per site as :class:`State` has fields.
-    """
-
-    bindings: list[Binding] = field(default_factory=list)
-    kept: list[int] = field(default_factory=list)
-    state_inputs: list[torch.Tensor] = field(default_factory=list)
 
 
 def rewrite(gm: GraphModule, sites: list[Site], spec: CacheSpec) -> Rewritten:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch.fx import GraphModule
 
 from sphkv_compile.ops import schema
-from sphkv_compile.passes.rewrite import Rewritten
-from sphkv_compile.runtime.state import STATE_FIELDS
+from sphkv_compile.runtime.convention import Rewritten
+from sphkv_compile.storage.state import STATE_FIELDS
 
 
 def verify(gm: GraphModule, rewritten: Rewritten) -> None:

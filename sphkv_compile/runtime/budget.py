@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from sphkv_compile.runtime.layout import Layout
 from sphkv_compile.runtime.pool import arena_bytes
-from sphkv_compile.runtime.state import Geometry
 from sphkv_compile.spec import CacheSpec, Tier, parse_bytes
+from sphkv_compile.storage.layout import Layout
+from sphkv_compile.storage.state import Geometry
 
 WIDEST_FIRST = tuple(map(Tier.parse, ("K16V16", "K8V8", "K8V4", "K4V4", "K4V3", "K4V2", "K3V2", "K2V2")))
 """Tiers that a budget may choose. Keys get the bits before values do (measured: CODEC)."""

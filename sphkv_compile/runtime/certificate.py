@@ -19,9 +19,9 @@ from torch import Tensor
 
 from sphkv_compile.codecs.codebook import mse
 from sphkv_compile.ops.pages import radii, read_pages, span_slots
-from sphkv_compile.runtime.layout import Layout
-from sphkv_compile.runtime.state import START, State
 from sphkv_compile.spec import PASSTHROUGH
+from sphkv_compile.storage.layout import Layout
+from sphkv_compile.storage.state import START, State
 
 LIMIT = 1.0
 """Logit noise variance above which a head is flagged. Units: nats squared."""

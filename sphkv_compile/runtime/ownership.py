@@ -23,9 +23,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from sphkv_compile.ops import schema
 from sphkv_compile.ops.append import append
 from sphkv_compile.ops.read import dense
-from sphkv_compile.runtime.layout import Layout
 from sphkv_compile.runtime.pool import CHANGES, Pool, reserve
-from sphkv_compile.runtime.state import BASE, LENGTH, SPANS, START, Geometry, empty_state
+from sphkv_compile.storage.layout import Layout
+from sphkv_compile.storage.state import BASE, LENGTH, SPANS, START, Geometry, empty_state
 
 LOCK = threading.RLock()
 _plain = torch._C.DisableTorchFunctionSubclass

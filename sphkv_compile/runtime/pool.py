@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sphkv_compile.policies import DROP, Held, Policy
-from sphkv_compile.runtime.arena import Arena
-from sphkv_compile.runtime.layout import Layout
-from sphkv_compile.runtime.state import LENGTH, SPANS, START, Geometry, State
+from sphkv_compile.storage.arena import Arena
+from sphkv_compile.storage.layout import Layout
+from sphkv_compile.storage.state import LENGTH, SPANS, START, Geometry, State
 
 if TYPE_CHECKING:
     from sphkv_compile.runtime.ownership import Owner

@@ -15,8 +15,8 @@ from torch.fx import GraphModule
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sphkv_compile.ops.append import visible
-from sphkv_compile.passes.rewrite import Binding, Rewritten
 from sphkv_compile.policies import POLICIES
+from sphkv_compile.runtime.convention import Binding, Rewritten
 from sphkv_compile.runtime.ownership import (
     LOCK,
     Guarded,
@@ -28,8 +28,8 @@ from sphkv_compile.runtime.ownership import (
     restore,
 )
 from sphkv_compile.runtime.pool import CHANGES, Pool, arena_bytes
-from sphkv_compile.runtime.state import Geometry
 from sphkv_compile.spec import CacheSpec
+from sphkv_compile.storage.state import Geometry
 
 _plain = torch._C.DisableTorchFunctionSubclass
 

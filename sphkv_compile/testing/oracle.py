@@ -18,9 +18,9 @@ from sphkv_compile.codecs.scales import pair_scale
 from sphkv_compile.codecs.values import decode_values, encode_values
 from sphkv_compile.ops.append import append
 from sphkv_compile.ops.read import dense
-from sphkv_compile.runtime.layout import UNIT, Layout
-from sphkv_compile.runtime.state import LENGTH, SPANS, START, Geometry, State, empty_state
 from sphkv_compile.spec import PASSTHROUGH
+from sphkv_compile.storage.layout import UNIT, Layout
+from sphkv_compile.storage.state import LENGTH, SPANS, START, Geometry, State, empty_state
 
 
 def shuffled_state(layout: Layout, geometry: Geometry, seed: int = 0) -> State:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from sphkv_compile.patterns import IDIOMS, REFUSALS
 
-from sphkv_compile.runtime.layout import Layout
 from sphkv_compile.spec import CacheSpec
+from sphkv_compile.storage.layout import Layout
 
 
 def idiom_table() -> str:

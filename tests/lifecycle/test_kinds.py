@@ -15,7 +15,7 @@ from sphkv_compile import report
 from sphkv_compile.runtime import log as graph_log
 from sphkv_compile.runtime.ownership import Guarded, Owner, owner_of
 from sphkv_compile.runtime.pool import Pool, arena_bytes
-from sphkv_compile.runtime.state import LENGTH, START, Geometry
+from sphkv_compile.storage.state import LENGTH, START, Geometry
 from sphkv_compile.testing.oracle import random_tokens
 from sphkv_compile.testing.tiny import tiny, tiny_gpt_fast
 
@@ -249,8 +249,8 @@ class TestPadding:
 
 
 def _layout(bits=4):
-    from sphkv_compile.runtime.layout import Layout
     from sphkv_compile.spec import CacheSpec
+    from sphkv_compile.storage.layout import Layout
 
     return Layout.of(CacheSpec(bits=bits, window=8, span=16, page=8), "half", 16)
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from sphkv_compile.ops import schema
 from sphkv_compile.ops.append import append, first_position, real_starts
 from sphkv_compile.ops.read import dense
-from sphkv_compile.runtime.layout import Layout
-from sphkv_compile.runtime.state import BASE, Geometry
 from sphkv_compile.spec import BITS, Tier
+from sphkv_compile.storage.layout import Layout
+from sphkv_compile.storage.state import BASE, Geometry
 from sphkv_compile.testing.oracle import CacheOracle, Pair, random_tokens, shuffled_state
 
 SINK, WINDOW, SPAN, PAGE = 2, 8, 16, 8

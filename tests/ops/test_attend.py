@@ -9,9 +9,9 @@ from sphkv_compile.ops import schema
 from sphkv_compile.ops.attend import attend
 from sphkv_compile.ops.read import dense
 from sphkv_compile.ops.reference import attend_reference
-from sphkv_compile.runtime.layout import UNIT, Layout
-from sphkv_compile.runtime.state import BASE, Geometry
 from sphkv_compile.spec import BITS, Tier
+from sphkv_compile.storage.layout import UNIT, Layout
+from sphkv_compile.storage.state import BASE, Geometry
 from sphkv_compile.testing.oracle import CacheOracle, Pair, attention, float32_bound, random_tokens
 
 SINK, WINDOW, SPAN, PAGE = 2, 8, 16, 8

@@ -25,9 +25,9 @@ from sphkv_compile.ops.append import append as append_python
 from sphkv_compile.ops.pages import read_pages, span_slots, write_pages
 from sphkv_compile.ops.read import exact_positions
 from sphkv_compile.ops.reference import attend_reference
-from sphkv_compile.runtime.layout import UNIT, Layout
-from sphkv_compile.runtime.state import BASE, START, Geometry, State, empty_state
 from sphkv_compile.spec import BITS, PASSTHROUGH, Tier
+from sphkv_compile.storage.layout import UNIT, Layout
+from sphkv_compile.storage.state import BASE, START, Geometry, State, empty_state
 from sphkv_compile.testing.oracle import attention
 
 LIBRARY = binding.library()

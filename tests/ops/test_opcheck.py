@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from sphkv_compile.ops import schema
-from sphkv_compile.runtime.layout import Layout
-from sphkv_compile.runtime.state import Geometry
 from sphkv_compile.spec import Tier
+from sphkv_compile.storage.layout import Layout
+from sphkv_compile.storage.state import Geometry
 from sphkv_compile.testing.oracle import Pair, random_tokens
 
 LAYOUT = Layout("axis_cosine", (Tier(4, 2),), 2, 8, 16, 8, 0, "half", 16)

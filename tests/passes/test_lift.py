@@ -7,7 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from sphkv_compile.ops import schema
 from sphkv_compile.passes.lift import lift
 from sphkv_compile.passes.normalize import markers
-from sphkv_compile.testing.graph import capture
+from sphkv_compile.passes.text import capture
 
 Q, KV = torch.randn(1, 4, 3, 8), torch.randn(2, 1, 2, 6, 8)
 MASK = torch.ones(3, 6, dtype=torch.bool).tril(3)

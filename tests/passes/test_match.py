@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from sphkv_compile.integrations.transformers import cache_keyword
 from sphkv_compile.passes.match import Verdict, match
-from sphkv_compile.testing.graph import capture
+from sphkv_compile.passes.text import capture
 
 SIZES = dict(
     vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,

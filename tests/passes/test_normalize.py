@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from sphkv_compile.passes.normalize import COLUMNS, GQA, MASK, K, V, markers, normalize, settle
-from sphkv_compile.testing.graph import capture
+from sphkv_compile.passes.text import capture
 
 L = 6
 

@@ -7,8 +7,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from sphkv_compile.passes.match import match
 from sphkv_compile.passes.prologue import prologue_of, snapshot, token_counter
 from sphkv_compile.passes.rewrite import rewrite
+from sphkv_compile.passes.text import capture
 from sphkv_compile.spec import CacheSpec
-from sphkv_compile.testing.graph import capture
 
 L = 32
 

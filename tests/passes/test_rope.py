@@ -7,7 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sphkv_compile.passes.normalize import K, markers
 from sphkv_compile.passes.rope import NONE, rope_of
-from sphkv_compile.testing.graph import capture
+from sphkv_compile.passes.text import capture
 from sphkv_compile.testing.tiny import FAMILIES, tiny, tiny_gpt_fast
 
 D = 16

@@ -10,10 +10,10 @@ from sphkv_compile.ops import schema
 from sphkv_compile.passes.match import match
 from sphkv_compile.passes.prologue import snapshot
 from sphkv_compile.passes.rewrite import rewrite
+from sphkv_compile.passes.text import capture
 from sphkv_compile.passes.verify import verify
-from sphkv_compile.runtime.state import STATE_FIELDS
 from sphkv_compile.spec import CacheSpec
-from sphkv_compile.testing.graph import capture
+from sphkv_compile.storage.state import STATE_FIELDS
 
 SPEC = CacheSpec(bits=16, sink=2, window=4, span=8, page=8)
 WIDTH = len(STATE_FIELDS)

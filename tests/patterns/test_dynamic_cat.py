@@ -7,8 +7,8 @@ from toys import HELD, OPTIONS, Toys, sdpa
 
 import sphkv_compile
 from sphkv_compile.passes.match import match
+from sphkv_compile.passes.text import capture
 from sphkv_compile.runtime import log
-from sphkv_compile.testing.graph import capture
 
 toys = Toys()
 GROWN = dict(columns=HELD)

@@ -9,8 +9,8 @@ from toys import HQ, OPTIONS, Cache, L, Shape, Toys, put, sdpa, steps
 
 import sphkv_compile
 from sphkv_compile.passes.match import match
+from sphkv_compile.passes.text import capture
 from sphkv_compile.runtime import log
-from sphkv_compile.testing.graph import capture
 
 toys = Toys()
 aten = torch.ops.aten

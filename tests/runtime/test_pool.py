@@ -7,11 +7,11 @@ from sphkv_compile.ops.append import append
 from sphkv_compile.ops.attend import attend
 from sphkv_compile.ops.read import dense
 from sphkv_compile.policies import DROP, KeepAll, Policy
-from sphkv_compile.runtime.layout import Layout
 from sphkv_compile.runtime.ownership import Owner
 from sphkv_compile.runtime.pool import Pool, arena_bytes, page_bytes
-from sphkv_compile.runtime.state import LENGTH, Geometry
 from sphkv_compile.spec import CacheSpec
+from sphkv_compile.storage.layout import Layout
+from sphkv_compile.storage.state import LENGTH, Geometry
 from sphkv_compile.testing.oracle import attention, float32_bound, random_tokens
 
 LAYOUT = Layout.of(CacheSpec(bits=4, window=8, span=16, page=8), "half", 16)

@@ -8,8 +8,8 @@ from transformers import StaticCache
 import sphkv_compile
 from sphkv_compile.explain import LENGTHS, bytes_per_token
 from sphkv_compile.integrations.transformers import cache_keyword
-from sphkv_compile.runtime.layout import Layout
 from sphkv_compile.spec import CacheSpec
+from sphkv_compile.storage.layout import Layout
 from sphkv_compile.testing.gpt_fast import SliceCopy
 from sphkv_compile.testing.tiny import tiny
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from sphkv_compile.codecs.codebook import levels
-from sphkv_compile.runtime.layout import Layout
-from sphkv_compile.runtime.state import HIDDEN, State
+from sphkv_compile.storage.layout import Layout
+from sphkv_compile.storage.state import HIDDEN, State
 
 PARTS = ("numbers", "codes", "products", "decode", "append")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

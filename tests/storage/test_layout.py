@@ -2,8 +2,8 @@
 
 import pytest
 
-from sphkv_compile.runtime.layout import Layout, PageFields
 from sphkv_compile.spec import CacheSpec, Tier
+from sphkv_compile.storage.layout import Layout, PageFields
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8, 16, "K4V2", "K16V4"])

@@ -10,8 +10,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from sphkv_compile.ops import schema
-from sphkv_compile.runtime.layout import Layout
-from sphkv_compile.runtime.state import STATE_FIELDS
+from sphkv_compile.storage.layout import Layout
+from sphkv_compile.storage.state import STATE_FIELDS
 
 aten = torch.ops.aten
 _SHORT = {

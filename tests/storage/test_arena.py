@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sphkv_compile.runtime.arena import Arena, ArenaFull
-from sphkv_compile.runtime.layout import UNIT
+from sphkv_compile.storage.arena import Arena, ArenaFull
+from sphkv_compile.storage.layout import UNIT
 
 
 def overlaps(pages: dict[int, int]) -> bool:

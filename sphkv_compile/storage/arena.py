@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import torch
 
-from sphkv_compile.runtime.layout import UNIT
+from sphkv_compile.storage.layout import UNIT
 
 
 class ArenaFull(MemoryError):

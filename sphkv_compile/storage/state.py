@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sphkv_compile.runtime.layout import Layout
+from sphkv_compile.storage.layout import Layout
 
 START, LENGTH, SPANS, BASE, FROZEN = range(5)
 """Columns of ``rows``: first real position, end position, coded spans, position of column 0, pair scale is fixed."""
