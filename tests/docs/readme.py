@@ -1,4 +1,4 @@
-"""The parts of the README that are generated: ``make docs`` brings them up to date."""
+"""The parts of README.md and THEORY.md that are generated: ``make docs`` brings them up to date."""
 
 from __future__ import annotations
 
@@ -80,19 +80,72 @@ def _bits(text: str) -> int | str:
     return int(text) if text.isdigit() else text
 
 
+BOUNDS = (
+    ("B1: mean actual / bound", "b1_mean", ".3f"),
+    ("B1: largest", "b1_max", ".2f"),
+    ("B2: mean actual / bound", "b2_mean", ".3f"),
+    ("B2: largest", "b2_max", ".2f"),
+    ("B3: std of dl / law (should be 1)", "b3_std", ".3f"),
+    ("B3: largest in units of the law's std", "b3_max", ".1f"),
+    ("B4: mean total variation / bound", "b4_variation_mean", ".3f"),
+    ("B4: mean output error / bound", "b4_mean", ".3f"),
+    ("B4: largest", "b4_max", ".2f"),
+    ("B4: times tighter than the usual bound, median", "b4_times_tighter_than_classic", ".3g"),
+    ("B6: sqrt(actual / law), keys and values coded", "b6_root_ratio", ".2f"),
+    ("KL of an attention row, nats", "kl", ".2g"),
+    ("KL / (Var_p(dl) / 2)", "kl_over_half_variance", ".2f"),
+)
+GEOMETRY = (
+    ("no anchor, no scale", "plain_unscaled"),
+    ("no anchor, pair scales", "plain_scaled"),
+    ("anchor, no scale", "anchor_unscaled"),
+    ("**anchor and pair scales**", "anchor_scaled"),
+)
+NAMES = {"smollm2": "SmolLM2", "gemma3": "Gemma3"}
+
+
+def _tightness() -> dict:
+    return json.loads((RECORDS / "eval/tightness.json").read_text())
+
+
+def bounds_table() -> str:
+    """How tight the bounds are, from the record of examples/eval/tightness.py."""
+    found = _tightness()
+    lines = [f"| | {' | '.join(f'{NAMES[m]} 4 / 3 / 2 bits' for m in found)} |", "|---" * (1 + len(found)) + "|"]
+    for title, key, form in BOUNDS:
+        cells = (
+            " / ".join(format(r["axis_cosine"][f"{b} bits"][key], form) for b in (4, 3, 2)) for r in found.values()
+        )
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def geometry_table() -> str:
+    """What a constant added to all keys does, from the same record."""
+    found = {m: r["geometry, relative output error at 4 bits"] for m, r in _tightness().items()}
+    lines = [f"| | {' | '.join(f'{NAMES[m]} 0x / 3x / 10x' for m in found)} |", "|---" * (1 + len(found)) + "|"]
+    for title, key in GEOMETRY:
+        cells = (" / ".join(f"{r[f'bias{b}_{key}']:.3f}" for b in (0, 3, 10)) for r in found.values())
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 PARTS: dict[str, Callable[[], str]] = {"idioms": idiom_table, "refusals": refusal_table, "metadata": metadata_table}
 """From the code alone."""
 MEASURED: dict[str, Callable[[], str]] = {"quality": quality_table, "speed": speed_table}
 """From the records of evaluation and bench."""
+THEORY: dict[str, Callable[[], str]] = {"bounds": bounds_table, "geometry": geometry_table}
+"""From the record of how tight the bounds are."""
+FILES = {"README.md": PARTS | MEASURED, "sphkv_compile/codecs/THEORY.md": THEORY}
 
 
-def rendered(text: str) -> str:
+def rendered(text: str, parts: dict[str, Callable[[], str]]) -> str:
     """``text`` with every generated part brought up to date.
 
     Raises:
         ValueError: a part has no place in the text.
     """
-    for name, part in (PARTS | MEASURED).items():
+    for name, part in parts.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         found = pattern.search(text)
         if not found:
@@ -102,5 +155,6 @@ def rendered(text: str) -> str:
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(rendered(path.read_text()))
+    for name, parts in FILES.items():
+        path = ROOT / name
+        path.write_text(rendered(path.read_text(), parts))
