@@ -85,7 +85,41 @@ def _thresholds(bits: int) -> np.ndarray:
 
 @lru_cache(None)
 def _levels(bits: int) -> np.ndarray:
-    return _mirror(_centroids(_positive_edges(bits)), around_zero=False)
+    if bits == 8:
+        return _mirror(_centroids(_positive_edges(8)), around_zero=False)
+    table, step = byte_table(bits)
+    return _mirror(np.array([e4m3_value(byte) for byte in table]) * step, around_zero=False)
+
+
+@lru_cache(None)
+def byte_table(bits: int) -> tuple[tuple[int, ...], float]:
+    """The positive levels at 2, 3 or 4 bits as e4m3 bytes, ascending, and the step that they are multiples of.
+
+    A GPU decodes a level by permuting bytes of a table in a register, so levels are e4m3 numbers. The step is the one,
+    within an octave, whose rounded levels have the least error; at 4 bits that costs 1.4 % of the error, at 2 and 3
+    bits next to nothing.
+    """
+    edges = _positive_edges(bits)
+    mass, moment = _mass(edges), _moment(edges)
+    bytes_ = np.arange(0x08, 0x7F)  # the normal numbers
+    values = np.array([e4m3_value(int(b)) for b in bytes_])
+
+    def rounded(step: float) -> np.ndarray:
+        return np.abs(values - (moment / mass / step)[:, None]).argmin(1)
+
+    def error(step: float) -> float:
+        level = values[rounded(step)] * step
+        return float((mass * level**2 - 2 * moment * level).sum())
+
+    step = min((round(2 ** (-i / 256), 6) for i in range(256)), key=error)
+    return tuple(int(b) for b in bytes_[rounded(step)]), step
+
+
+def e4m3_value(byte: int) -> float:
+    """The value of a positive e4m3 byte, and of its negative with the sign bit set."""
+    exponent, mantissa = byte >> 3 & 15, byte & 7
+    value = (1 + mantissa / 8) * 2.0 ** (exponent - 7) if exponent else mantissa * 2.0**-9
+    return -value if byte & 0x80 else value
 
 
 def _mirror(positive: np.ndarray, around_zero: bool) -> np.ndarray:

@@ -29,7 +29,8 @@ class KeySpan:
     Shapes: S tokens, D head_dim, leading dimensions free.
         codes uint8[..., S, code_bytes]; radius uint8[..., S, radius_bytes]; top float32[...];
         anchor int8[..., D]; anchor_scale float32[...]. ``top`` and ``anchor_scale`` are representable in bfloat16.
-    Units: at 2, 3, 4 bits a radius is a byte in 255ths of ``top``, at 8 bits a float16 fraction of it.
+    Units: at 2, 3, 4 bits a radius is a byte in 255ths of ``top``, at 8 bits a float16 fraction of it. Absolute radii
+    are float16 at every width, and ``top`` is 1.
     """
 
     codes: Tensor
@@ -52,12 +53,14 @@ def encode_keys(
     bits: int,
     lowest_bits: int | None = None,
     use_anchor: bool = True,
+    absolute_radius: bool = False,
 ) -> KeySpan:
     """Code one span.
 
     Args:
         lowest_bits: the narrowest width that the span may be demoted to: its radius will fit under ``top`` there too.
         use_anchor: off for spans with no mean worth removing, and for tests.
+        absolute_radius: for a kernel that reads a radius without its span's maximum.
 
     Shapes: ``k`` float[..., S, D], ``scale`` float32[..., D], ``rot`` float32[D, D].
     """
@@ -67,22 +70,26 @@ def encode_keys(
     dim, length = k.shape[-1], norm(x)
     codes = codec.encode(x, bits)
     radius = safe_divide(length, norm(codec.decode(codes, dim, bits)))
+    if absolute_radius:
+        return KeySpan(codes, _half(radius), torch.ones_like(anchor_scale), anchor, anchor_scale)
     tallest = radius.amax(-1)
     for width in _widths_below(codec, bits, lowest_bits):
         lower = codec.decode(codec.demote(codes, dim, bits, width), dim, width)
         tallest = torch.maximum(tallest, safe_divide(length, norm(lower)).amax(-1))
     top = bf16_up(tallest)
-    return KeySpan(codes, _store_radius(radius, top, bits), top, anchor, anchor_scale)
+    return KeySpan(codes, _fraction(radius, top, bits), top, anchor, anchor_scale)
 
 
 def decode_keys(span: KeySpan, dim: int, scale: Tensor, rot: Tensor, codec: Codec, bits: int) -> Tensor:
     """The dense keys of a span. Shapes: -> float32[..., S, D]."""
-    residual = radius_value(span.radius, span.top, bits)[..., None] * codec.decode(span.codes, dim, bits)
+    residual = radius_value(span.radius, span.top)[..., None] * codec.decode(span.codes, dim, bits)
     turned = residual + anchor_value(span)[..., None, :]
     return unrotate(turned, rot) * scale[..., None, :]
 
 
-def demote_keys(span: KeySpan, dim: int, codec: Codec, from_bits: int, to_bits: int) -> KeySpan:
+def demote_keys(
+    span: KeySpan, dim: int, codec: Codec, from_bits: int, to_bits: int, absolute_radius: bool = False
+) -> KeySpan:
     """The span at a lower width, from its codes alone: r' = r |c_hi| / |c_lo|.
 
     The codes equal those of direct encoding; the radius is within one unit of its storage.
@@ -95,8 +102,9 @@ def demote_keys(span: KeySpan, dim: int, codec: Codec, from_bits: int, to_bits: 
     codes = codec.demote(span.codes, dim, from_bits, to_bits)
     high = norm(codec.decode(span.codes, dim, from_bits))
     low = norm(codec.decode(codes, dim, to_bits))
-    radius = radius_value(span.radius, span.top, from_bits) * safe_divide(high, low)
-    return replace(span, codes=codes, radius=_store_radius(radius, span.top, to_bits))
+    radius = radius_value(span.radius, span.top) * safe_divide(high, low)
+    stored = _half(radius) if absolute_radius else _fraction(radius, span.top, to_bits)
+    return replace(span, codes=codes, radius=stored)
 
 
 def rotate_query(q: Tensor, scale: Tensor, rot: Tensor) -> Tensor:
@@ -109,18 +117,23 @@ def anchor_value(span: KeySpan) -> Tensor:
     return _anchor_row(span.anchor, span.anchor_scale)
 
 
-def radius_value(radius: Tensor, top: Tensor, bits: int) -> Tensor:
-    """Shapes: uint8[..., S, radius_bytes], float32[...] -> float32[..., S]."""
-    if radius_bytes(bits) == 2:
+def radius_value(radius: Tensor, top: Tensor) -> Tensor:
+    """Shapes: uint8[..., S, 1 or 2], float32[...] -> float32[..., S]."""
+    if radius.shape[-1] == 2:
         return radius.contiguous().view(torch.float16).squeeze(-1).float() * top[..., None]
     return radius.squeeze(-1).float() * (top / 255)[..., None]
 
 
-def _store_radius(radius: Tensor, top: Tensor, bits: int) -> Tensor:
+def _fraction(radius: Tensor, top: Tensor, bits: int) -> Tensor:
     if radius_bytes(bits) == 2:
-        return safe_divide(radius, top[..., None]).half()[..., None].view(torch.uint8)
+        return _half(safe_divide(radius, top[..., None]))
     units = safe_divide(radius, (top / 255)[..., None])
     return units.round().clamp(max=255).to(torch.uint8)[..., None]
+
+
+def _half(x: Tensor) -> Tensor:
+    """As float16, whose largest number stands for any larger one. Shapes: float32[...] -> uint8[..., 2]."""
+    return x.clamp(max=65504.0).half()[..., None].view(torch.uint8)
 
 
 def _anchor(k: Tensor, scale: Tensor, rot: Tensor, use_anchor: bool) -> tuple[Tensor, Tensor]:

@@ -193,7 +193,7 @@ def _coded(call, state, layout, tier: Tier, pages: slice, slots: Tensor, turned:
         flat = slots.flatten(2)
         top = state.span_scales[..., 1].float().gather(2, flat).view(slots.shape)
         # One radius per token, each with its own span's maximum.
-        radius = radii(fields._replace(radius=fields.radius.unsqueeze(-2)), top, tier.k_bits).squeeze(-1).flatten(2)
+        radius = radii(fields._replace(radius=fields.radius.unsqueeze(-2)), top).squeeze(-1).flatten(2)
         anchor = bias.gather(-1, flat.unsqueeze(2).expand(b, h, g * t, -1))
         logits = (turned @ code.mT) * radius.unsqueeze(2) + anchor
     logits = logits.view(b, h, g, t, -1)

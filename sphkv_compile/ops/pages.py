@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from sphkv_compile.codecs.keys import KeySpan, encode_keys, radius_value
+from sphkv_compile.codecs.packing import pack, unpack
 from sphkv_compile.codecs.values import encode_values
 from sphkv_compile.spec import PASSTHROUGH, Tier
-from sphkv_compile.storage.layout import UNIT, Layout
+from sphkv_compile.storage import tiles
+from sphkv_compile.storage.layout import UNIT, Layout, PageFields
 from sphkv_compile.storage.state import State
 
 
@@ -42,6 +44,8 @@ def read_pages(state: State, layout: Layout, tier: Tier, offsets: Tensor) -> Pag
     fields, units = layout.fields(tier, *dims), layout.page_bytes(tier, *dims) // UNIT
     arena = state.arena.view(-1, UNIT)
     raw = arena[_units(offsets.clamp(min=0), units).clamp(max=arena.shape[0] - 1)].flatten(-2)
+    if layout.tiled:
+        return _from_tiles(raw, layout.page, tier, fields, *dims[:2])
     parts, at = [], 0
     for width in fields.widths:
         part = raw[..., at : at + width * layout.page]
@@ -54,9 +58,39 @@ def write_pages(state: State, layout: Layout, tier: Tier, offsets: Tensor, pages
     """Store ``pages`` at ``offsets`` (int32[..., P])."""
     dims = state.exact_k.shape[-1], state.exact_v.shape[-1], _itemsize(state)
     units = layout.page_bytes(tier, *dims) // UNIT
+    if layout.tiled:
+        pages = _to_tiles(pages, tier, *dims[:2])
     raw = torch.cat([part.flatten(-2) for part in pages], dim=-1)
     raw = torch.nn.functional.pad(raw, (0, units * UNIT - raw.shape[-1]))
     state.arena.view(-1, UNIT)[_units(offsets, units)] = raw.unflatten(-1, (units, UNIT))
+
+
+def _to_tiles(pages: Pages, tier: Tier, k_dim: int, v_dim: int) -> Pages:
+    """The same fields with codes in tiles, and radius and value scale side by side."""
+    k, v = pages.k, pages.v
+    if tier.k_bits != PASSTHROUGH:
+        k = tiles.pack_keys(unpack(k, k_dim, tier.k_bits), tier.k_bits).unsqueeze(-1)
+    if tier.v_bits != PASSTHROUGH:
+        v = tiles.pack_values(unpack(v, v_dim, tier.v_bits), tier.v_bits).unsqueeze(-1)
+    both = torch.cat([pages.radius, pages.v_scale], -1)
+    return Pages(k, v, both, both[..., :0], pages.anchor)
+
+
+def _from_tiles(raw: Tensor, page: int, tier: Tier, fields: PageFields, k_dim: int, v_dim: int) -> Pages:
+    """The inverse, from whole pages. Shapes: ``raw`` uint8[..., bytes of a page]."""
+    beside = fields.radius + fields.v_scale
+    k, v, both = raw[..., : fields.total * page].split([fields.k * page, fields.v * page, beside * page], -1)
+    if tier.k_bits == PASSTHROUGH:
+        k = k.unflatten(-1, (page, -1))
+    else:
+        k = pack(tiles.unpack_keys(k, k_dim, tier.k_bits), tier.k_bits)
+    if tier.v_bits == PASSTHROUGH:
+        v = v.unflatten(-1, (page, -1))
+    else:
+        v = pack(tiles.unpack_values(v, v_dim, tier.v_bits), tier.v_bits)
+    both = both.reshape(*both.shape[:-1], page, beside)
+    radius, v_scale = both.split([fields.radius, fields.v_scale], -1)
+    return Pages(k, v, radius, v_scale, radius[..., :0])
 
 
 def as_bytes(x: Tensor) -> Tensor:
@@ -77,9 +111,12 @@ def encode_span(k: Tensor, v: Tensor, pair_scale: Tensor, layout: Layout, tier: 
     else:
         rot = layout.rotation(k.shape[-1], k.device)
         lowest = min(t.k_bits for t in layout.tiers)
-        coded = encode_keys(k.float(), pair_scale, rot, layout.code, tier.k_bits, lowest_bits=lowest)
+        coded = encode_keys(
+            k.float(), pair_scale, rot, layout.code, tier.k_bits, lowest_bits=lowest, absolute_radius=layout.tiled
+        )
         k_field, radius = coded.codes, coded.radius
-        anchor = torch.zeros(*lead, span, 1, dtype=torch.uint8, device=k.device)  # a page's tokens share its first span
+        # a page's tokens share its first span; a tiled page needs no index, it lies within one span
+        anchor = none if layout.tiled else torch.zeros(*lead, span, 1, dtype=torch.uint8, device=k.device)
     if tier.v_bits == PASSTHROUGH:
         v_field, v_scale = as_bytes(v), none
     else:
@@ -98,6 +135,6 @@ def span_slots(state: State, layout: Layout, positions: Tensor, starts: Tensor) 
     return torch.div(positions - starts - layout.sink, layout.span, rounding_mode="floor").clamp(min=0) % count
 
 
-def radii(pages: Pages, tops: Tensor, bits: int) -> Tensor:
+def radii(pages: Pages, tops: Tensor) -> Tensor:
     """Radius of each token. Shapes: ``tops`` float32[..., P, page] -> float32[..., P, page]."""
-    return radius_value(pages.radius, tops, bits)
+    return radius_value(pages.radius, tops)

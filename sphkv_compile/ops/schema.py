@@ -77,20 +77,27 @@ def _place(state: State, pos, start, count: int, columns: int | None, rolling: b
 def _attend(*args):
     state = State(*args[:_N])
     q, k, v, pos, start, columns, mask, is_causal, scale, layout, rolling = args[_N:]
-    first, base = _place(state, pos, start, k.shape[2], columns, rolling)
+    form = Layout.parse(layout)
     if mask is not None and mask.shape[3] == 1 < columns:
         mask = mask.expand(-1, -1, -1, columns)
-    return decode.attend(state, Layout.parse(layout), q, k, v, first, base, columns, mask, is_causal, scale)
+    out = decode.attend_on_device(state, form, q, k, v, pos, start, columns, mask, is_causal, scale, rolling)
+    if out is not None:
+        return out
+    first, base = _place(state, pos, start, k.shape[2], columns, rolling)
+    return decode.attend(state, form, q, k, v, first, base, columns, mask, is_causal, scale)
 
 
 def _append(*args):
     state = State(*args[:_N])
     q, k, v, pos, start, mask, layout, rolling = args[_N:]
-    if decode.append_in_window(state, Layout.parse(layout), q, k, v, pos, start, rolling):
+    form = Layout.parse(layout)
+    if decode.append_in_window(state, form, q, k, v, pos, start, rolling):
+        return
+    if decode.append_on_device(state, form, q, k, v, pos, start, mask, rolling):
         return
     first, base = _place(state, pos, start, k.shape[2], None, rolling)
     starts = real_starts(mask, first, base, k.shape[2], k.shape[0])
-    append_state(state, Layout.parse(layout), q, k, v, first, starts)
+    append_state(state, form, q, k, v, first, starts)
     state.rows[:, BASE] = base
 
 

@@ -8,6 +8,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from sphkv_compile.ops import schema
+from sphkv_compile.ops.decode import packing
 from sphkv_compile.patterns import Site
 from sphkv_compile.runtime.convention import Binding, Rewritten
 from sphkv_compile.spec import CacheSpec
@@ -25,7 +26,8 @@ def rewrite(gm: GraphModule, sites: list[Site], spec: CacheSpec) -> Rewritten:
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
     result, last = Rewritten(), inputs[-1]
     for number, site in enumerate(sites):
-        layout = Layout.of(spec, *site.rope)
+        rope, rotary_dim = site.rope
+        layout = Layout.of(spec, rope, rotary_dim, _packing(spec, site))
         fakes = _fake_state(layout, site)
         state = []
         for name, fake in zip(STATE_FIELDS, fakes):
@@ -48,6 +50,11 @@ def rewrite(gm: GraphModule, sites: list[Site], spec: CacheSpec) -> Rewritten:
     graph.lint()
     gm.recompile()
     return result
+
+
+def _packing(spec: CacheSpec, site: Site) -> str:
+    k, v = site.k_buf.meta["val"], site.v_buf.meta["val"]
+    return packing(spec.codec, spec.tier, spec.page, int(k.shape[-1]), int(v.shape[-1]), k.device)
 
 
 def _bind(site: Site, layout: Layout, index: dict[Node, int], output: Node) -> Binding:

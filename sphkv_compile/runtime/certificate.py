@@ -74,7 +74,7 @@ def _key_energy(state: State, layout: Layout, held: Tensor) -> tuple[Tensor, Ten
     pages = read_pages(state, layout, tier, state.table)
     slots = span_slots(state, layout, state.positions, state.rows[:, START])
     top = state.span_scales[..., 1].float().gather(2, slots.flatten(2)).view(slots.shape)
-    radius = radii(pages._replace(radius=pages.radius.unsqueeze(-2)), top, tier.k_bits).squeeze(-1)
+    radius = radii(pages._replace(radius=pages.radius.unsqueeze(-2)), top).squeeze(-1)
     code2 = layout.code.decode(pages.k, d, tier.k_bits).square().sum(-1)
     count = held.sum((2, 3)).clamp(min=1)
     x2 = torch.where(held, radius.square() * code2, 0.0).sum((2, 3)) / count

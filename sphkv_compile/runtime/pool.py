@@ -11,7 +11,7 @@ import torch
 from sphkv_compile.policies import DROP, Held, Policy
 from sphkv_compile.storage.arena import Arena
 from sphkv_compile.storage.layout import Layout
-from sphkv_compile.storage.state import LENGTH, SPANS, START, Geometry, State
+from sphkv_compile.storage.state import FAULT, FROZEN, LENGTH, SPANS, START, Geometry, State
 
 if TYPE_CHECKING:
     from sphkv_compile.runtime.ownership import Owner
@@ -64,6 +64,7 @@ class Pool:
         self.tokens_left = self.plan_every
         for owner in list(self.owners):
             if owner.holds_codes:
+                check_rows(owner.state)
                 self._retain(owner)
                 reserve(owner.state, owner.layout, owner.geometry, self.arena, tokens + self.plan_every)
 
@@ -86,6 +87,15 @@ class Pool:
         for owner in self.owners:
             owner.state = owner.state._replace(arena=data)
         CHANGES[0] += 1
+
+
+def check_rows(state: State) -> None:
+    """Raises: RuntimeError: a step on a GPU was told to write into codes, and left the row as it was."""
+    if bool((state.rows[:, FROZEN] == FAULT).any()):
+        raise RuntimeError(
+            "sphkv: a decode step on the GPU wrote at a position that is coded already, which only eager code can "
+            "undo; its row has given not-a-number since. Crop the cache in eager code (cache.crop) before going on."
+        )
 
 
 def page_bytes(layout: Layout, g: Geometry, tier: int = 0) -> int:

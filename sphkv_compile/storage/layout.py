@@ -27,6 +27,8 @@ class Layout:
         tiers: the menu; a page's tier is an index into it, widest first.
         rope: how the site's rotary embedding pairs dimensions (``half``, ``interleaved``) or ``none`` when unknown.
         rotary_dim: dimensions that rotate; the rest pass through.
+        packing: order of a page's code bits: ``rows``, a token after the other, or ``tiles``
+            (:mod:`sphkv_compile.storage.tiles`), in which radius and value scale are float16 and stand side by side.
         rolling: a sliding window whose columns shift by one at each write.
 
     Units: ``sink``, ``window``, ``span``, ``page`` in tokens.
@@ -41,17 +43,21 @@ class Layout:
     seed: int
     rope: str = "none"
     rotary_dim: int = 0
+    packing: str = "rows"
 
     @classmethod
-    def of(cls, spec: CacheSpec, rope: str = "none", rotary_dim: int = 0) -> Layout:
+    def of(cls, spec: CacheSpec, rope: str = "none", rotary_dim: int = 0, packing: str = "rows") -> Layout:
         """The layout that a spec asks for at a site whose rotary embedding was recognised as ``rope``."""
-        return cls(spec.codec, (spec.tier,), spec.sink, spec.window, spec.span, spec.page, spec.seed, rope, rotary_dim)
+        tiers = (spec.tier,)
+        return cls(
+            spec.codec, tiers, spec.sink, spec.window, spec.span, spec.page, spec.seed, rope, rotary_dim, packing
+        )
 
     def __str__(self) -> str:
         menu = "/".join(map(str, self.tiers))
         return (
             f"{self.codec} {menu} sink={self.sink} window={self.window} span={self.span} page={self.page} "
-            f"seed={self.seed} rope={self.rope}:{self.rotary_dim}"
+            f"seed={self.seed} rope={self.rope}:{self.rotary_dim}" + (f" packing={self.packing}" if self.tiled else "")
         )
 
     @property
@@ -67,8 +73,15 @@ class Layout:
         codec, menu, *fields = text.split()
         values = dict(field.split("=") for field in fields)
         rope, rotary_dim = values.pop("rope").split(":")
+        packing = values.pop("packing", "rows")
         numbers = {name: int(value) for name, value in values.items()}
-        return cls(codec, tuple(map(Tier.parse, menu.split("/"))), rope=rope, rotary_dim=int(rotary_dim), **numbers)
+        tiers = tuple(map(Tier.parse, menu.split("/")))
+        return cls(codec, tiers, rope=rope, rotary_dim=int(rotary_dim), packing=packing, **numbers)
+
+    @property
+    def tiled(self) -> bool:
+        """Whether pages are laid out for a GPU's kernels."""
+        return self.packing == "tiles"
 
     @property
     def ring(self) -> int:
@@ -137,9 +150,9 @@ def _fields(layout: Layout, tier: Tier, k_dim: int, v_dim: int, itemsize: tuple[
     return PageFields(
         k=k_dim * itemsize[0] if exact_k else layout.code.code_bytes(k_dim, tier.k_bits),
         v=v_dim * itemsize[1] if exact_v else v_dim * tier.v_bits // 8,
-        radius=0 if exact_k else 2 if tier.k_bits == 8 else 1,
+        radius=0 if exact_k else 2 if tier.k_bits == 8 or layout.tiled else 1,
         v_scale=0 if exact_v else 2,
-        anchor=0 if exact_k else 1,
+        anchor=0 if exact_k or layout.tiled else 1,
     )
 
 

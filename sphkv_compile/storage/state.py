@@ -15,6 +15,10 @@ from sphkv_compile.storage.layout import Layout
 START, LENGTH, SPANS, BASE, FROZEN = range(5)
 """Columns of ``rows``: first real position, end position, coded spans, position of column 0, pair scale is fixed."""
 
+FAULT = 2
+"""Value of FROZEN in a row whose codes a GPU's step was told to write into: only the host can undo a code. The row's
+attention gives not-a-number from then on, and the next plan or report raises."""
+
 HIDDEN = -1e4
 """An additive mask hides at and below this: exp(-1e4) is zero. Models write -inf, the least float, -1e9 or -1e4."""
 

@@ -53,7 +53,7 @@ def test_logit_from_codes_is_the_logit_of_the_decoded_key(codec, bits):
     k, q, scale, rot = keys(64, dim), torch.randn(5, dim), scale_of(dim), rotation(dim)
     span = encode_keys(k, scale, rot, codec, bits)
     turned = rotate_query(q, scale, rot)
-    radius = radius_value(span.radius, span.top, bits)
+    radius = radius_value(span.radius, span.top)
     logits = (turned @ anchor_value(span))[:, None] + radius * codec.logits(turned, span.codes, bits)
     dense = q.double() @ decode_keys(span, dim, scale, rot, codec, bits).double().T
     torch.testing.assert_close(logits.double(), dense, atol=2e-4, rtol=1e-5)
@@ -101,7 +101,7 @@ def test_demotion_equals_direct_encoding(widths, seed):
     assert torch.equal(demoted.codes, direct.codes)
     assert torch.equal(demoted.anchor, direct.anchor)
     unit = demoted.top / 255
-    gap = radius_value(demoted.radius, demoted.top, low) - radius_value(direct.radius, direct.top, low)
+    gap = radius_value(demoted.radius, demoted.top) - radius_value(direct.radius, direct.top)
     slack = unit * (demoted.top != direct.top)  # two tops: the half units of their roundings differ too
     assert (gap.abs() <= unit * 1.001 + slack).all()
 

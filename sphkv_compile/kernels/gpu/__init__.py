@@ -1,0 +1,1 @@
+"""Triton kernels: the decode step over tiled pages, for CUDA."""

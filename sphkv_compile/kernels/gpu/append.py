@@ -1,0 +1,281 @@
+"""One new token per row enters the window; a span that leaves it is encoded, in the same launch.
+
+Every decision is made from the counters on the device, so that no step waits for it and a captured graph stays right.
+``append`` has one program for each row and kv head; ``advance`` moves the counters once all of them have read them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.core import constexpr
+
+from sphkv_compile.kernels.gpu.decode import hadamard, place
+
+FAULT = constexpr(2)
+"""Value of the FROZEN counter of a row whose codes were written into: only the host can undo a code."""
+
+
+@triton.jit
+def round_even(x):
+    """To the nearest whole number, ties to even, for |x| below 2^22."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def bf16_up(x):
+    """The least bfloat16 that is not below a positive ``x``, as float32."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0xFFFF) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def bf16_nearest(x):
+    """To bfloat16, ties to even, as float32; the interpreter's own conversion cuts."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def quantize(u, BORDERS: constexpr, LEVELS: constexpr, N: constexpr):
+    """Codes, and the levels that they stand for. Shapes: float32[...] -> int32[...], float32[...]."""
+    code = tl.zeros(u.shape, tl.int32)
+    level = tl.full(u.shape, LEVELS[0], tl.float32)
+    for i in tl.static_range(N - 1):
+        above = u >= BORDERS[i]
+        code += above.to(tl.int32)
+        level = tl.where(above, LEVELS[i + 1], level)
+    return code, level
+
+
+@triton.jit
+def encode(x, D: constexpr, BORDERS: constexpr, LEVELS: constexpr, N: constexpr):
+    """Codes of the direction, and the radius that keeps the length.
+
+    Shapes: float32[R, D] -> int32[R, D], float16[R].
+    """
+    length = tl.sqrt(tl.sum(x * x, 1))
+    some = length > 0
+    unit = tl.where(some, D**0.5 / tl.where(some, length, 1.0), 0.0)
+    code, level = quantize(x * unit[:, None], BORDERS, LEVELS, N)
+    radius = length / tl.sqrt(tl.sum(level * level, 1))
+    return code, tl.minimum(radius, 65504.0).to(tl.float16)
+
+
+@triton.jit
+def store_words(at, planes, BITS: constexpr, F: constexpr):
+    """Codes in plane order into a page's tiles. Shapes: ``planes`` int32[F, 32, 32]: plane, row, element."""
+    GROUP: constexpr = 8 if BITS == 3 else 8 // BITS
+    TILES: constexpr = GROUP * BITS // 8
+    code = tl.reshape(planes, (F // GROUP, GROUP, 32, 8, 4))
+    p = tl.reshape(tl.arange(0, GROUP), (1, GROUP, 1, 1, 1))
+    b = tl.reshape(tl.arange(0, 4), (1, 1, 1, 1, 4))
+    group = tl.arange(0, F // GROUP)[:, None, None]
+    place = at + group * (TILES * 256) + tl.arange(0, 32)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
+    for tile in tl.static_range(TILES):
+        if BITS == 4:
+            negative = code < 8
+            bits = tl.where(negative, 7 - code, code - 8) << (4 * b + 16 * p)
+            bits = bits | (negative.to(tl.int32) << (8 * b + 7 - 4 * p))
+        elif BITS == 2:
+            bits = code << (4 * b + p % 2 * 16 + p // 2 * 2)
+        else:
+            own = tl.where(p // 2 == tile, code << (4 * b + p % 2 * 16), 0)
+            spare = tl.where(p >= 6, ((code >> (2 - tile)) & 1) << (4 * b + 3 + p % 2 * 16), 0)
+            bits = own | spare
+        tl.store(place + tile * 256, tl.sum(tl.sum(bits, 4), 1))
+
+
+@triton.jit
+def key_planes(code, D: constexpr):
+    """Shapes: int32[64, D] -> int32[D / 16, 32, 32]."""
+    return tl.reshape(tl.permute(tl.reshape(code, (2, 32, D // 32, 32)), (0, 2, 1, 3)), (D // 16, 32, 32))
+
+
+@triton.jit
+def value_planes(code, D: constexpr):
+    """Shapes: int32[64, D] -> int32[D / 16, 32, 32]."""
+    return tl.reshape(tl.permute(tl.reshape(code, (2, 32, D // 32, 32)), (0, 2, 3, 1)), (D // 16, 32, 32))
+
+
+@triton.jit
+def learn_scale(
+    RING_K, MOMENTS, SCALE, slot, ROTARY: constexpr, INTERLEAVED: constexpr, KNOWN: constexpr, D: constexpr,
+    SPAN: constexpr,
+):  # fmt: skip
+    """The pair scale of :mod:`sphkv_compile.codecs.scales` from one span's keys and the queries seen so far.
+
+    Shapes: ``slot`` int32[SPAN], ``MOMENTS`` float64[D + 1], ``SCALE`` float32[D].
+    """
+    d = tl.arange(0, D)
+    if not KNOWN:
+        tl.store(SCALE + d, tl.full([D], 1.0, tl.float32))
+    else:
+        k = tl.load(RING_K + slot[:, None] * D + d[None, :]).to(tl.float32)
+        rest = k - (tl.sum(k, 0) / SPAN)[None, :]
+        moment = tl.sum(rest * rest, 0) / SPAN
+        tl.store(SCALE + d, moment)  # to meet its pair's other half
+        tl.debug_barrier()
+        if INTERLEAVED:
+            other = tl.where(d < ROTARY, d + 1 - d % 2 * 2, d)
+        else:
+            other = tl.where(d < ROTARY, tl.where(d < ROTARY // 2, d + ROTARY // 2, d - ROTARY // 2), d)
+        k_pair = (moment + tl.load(SCALE + other)) * 0.5
+        seen = tl.load(MOMENTS + D).to(tl.float32)
+        q_pair = (tl.load(MOMENTS + d) + tl.load(MOMENTS + other)).to(tl.float32) * 0.5 / tl.maximum(seen, 1.0)
+        k_mean = tl.sum(k_pair, 0) / D
+        q_mean = tl.sum(q_pair, 0) / D
+        # a silent pair gets a large scale, not an infinite one; silence everywhere gives ones
+        k_log = tl.log(tl.where(k_mean > 0, k_pair + 1e-4 * k_mean, 1.0))
+        q_log = tl.log(tl.where(q_mean > 0, q_pair + 1e-4 * q_mean, 1.0))
+        log = k_log * 0.25 - q_log * 0.125
+        scale = bf16_nearest(tl.exp(log - tl.sum(log, 0) / D))
+        tl.debug_barrier()
+        tl.store(SCALE + d, scale)
+    tl.debug_barrier()
+
+
+@triton.jit
+def encode_span(
+    WORDS, TABLE, POSITIONS, TIERS, ANCHOR, STEP, RING_K, RING_V, SCALE, SIGNS, at, page,
+    D: constexpr, KB: constexpr, VB: constexpr, SPAN: constexpr, SINK: constexpr, RING: constexpr,
+    KBORDERS: constexpr, KLEVELS: constexpr, VBORDERS: constexpr, VLEVELS: constexpr,
+):  # fmt: skip
+    """The span at positions ``at``.. from the window into its pages.
+
+    Args:
+        page: its first page in ``TABLE``, ``POSITIONS`` and ``TIERS``.
+    """
+    d = tl.arange(0, D)
+    signs = tl.load(SIGNS + d) * (D**-0.5)
+    inverse = signs / tl.load(SCALE + d)
+    mean = tl.zeros([D], tl.float32)
+    for half in tl.static_range(SPAN // 64):
+        slot = SINK + (at + half * 64 + tl.arange(0, 64)) % RING
+        mean += tl.sum(tl.load(RING_K + slot[:, None] * D + d[None, :]).to(tl.float32), 0)
+    row = tl.reshape(hadamard(tl.reshape(mean / SPAN * inverse, (1, D)), 1, D), (D,))
+    step = bf16_up(tl.max(tl.abs(row), 0) / 127)
+    anchor = tl.where(step > 0, round_even(row / tl.where(step > 0, step, 1.0)), 0.0)
+    tl.store(ANCHOR + d, anchor.to(tl.int8))
+    tl.store(STEP, step.to(tl.bfloat16))
+    tl.store(STEP + 1, 1.0)
+    for half in tl.static_range(SPAN // 64):
+        token = tl.arange(0, 64)
+        slot = SINK + (at + half * 64 + token) % RING
+        base = WORDS + tl.load(TABLE + page + half).to(tl.int64) * 16
+        k = tl.load(RING_K + slot[:, None] * D + d[None, :]).to(tl.float32) * inverse[None, :]
+        code, radius = encode(hadamard(k, 64, D) - (anchor * step)[None, :], D, KBORDERS, KLEVELS, 1 << KB)
+        store_words(base, key_planes(code, D), KB, D // 16)
+        v = tl.load(RING_V + slot[:, None] * D + d[None, :]).to(tl.float32) * signs[None, :]
+        code, weight = encode(hadamard(v, 64, D), D, VBORDERS, VLEVELS, 1 << VB)
+        store_words(base + 2 * KB * D, value_planes(code, D), VB, D // 16)
+        low = radius.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        high = weight.to(tl.int16, bitcast=True).to(tl.int32) << 16
+        tl.store(base + 2 * (KB + VB) * D + token, low | high)
+        tl.store(POSITIONS + (page + half) * 64 + token, at + half * 64 + token)
+        tl.store(TIERS + page + half, 0)
+
+
+@triton.jit
+def standing(
+    ROWS, POS, MASK, b, start, mask_row,
+    HAS_POS: constexpr, HAS_START: constexpr, MASKED: constexpr, SINK: constexpr, WINDOW: constexpr, SPAN: constexpr,
+):  # fmt: skip
+    """Row ``b`` before and after the token: first real position, coded spans before and after, the token's position,
+    whether it begins the row anew, whether it reaches into codes."""
+    _, spans, first, base, held = place(ROWS, POS, b, start, HAS_POS, HAS_START, False, SINK)
+    begin = tl.load(ROWS + b * 5).to(tl.int32)
+    anew = (begin < 0) | (first <= begin)
+    if anew:
+        real = first >= 0
+        if MASKED:
+            real = tl.load(MASK + b * mask_row + first - base) != 0
+        begin = tl.where(real, first, -1)
+        spans = spans * 0
+    fault = (begin >= 0) & (first < begin + SINK + spans * SPAN) & (spans > 0)
+    coded = tl.maximum(spans, (first + 1 - begin - SINK - WINDOW) // SPAN)
+    coded = tl.where((begin < 0) | fault, spans, coded)
+    return begin, spans, coded, first, base, anew, fault
+
+
+@triton.jit
+def append(
+    Q, K, V, WORDS, TABLE, TIERS, POSITIONS, ANCHORS, STEPS, EXACT_K, EXACT_V, SCALE, MOMENTS, ENERGY, SIGNS, ROWS, POS,
+    MASK, start, q_row, q_head, k_row, k_head, v_row, v_head, mask_row, H, NS, NP,
+    G: constexpr, D: constexpr, N: constexpr, KB: constexpr, VB: constexpr,
+    SPAN: constexpr, SINK: constexpr, RING: constexpr,
+    KBORDERS: constexpr, KLEVELS: constexpr, VBORDERS: constexpr, VLEVELS: constexpr,
+    ROTARY: constexpr, INTERLEAVED: constexpr, KNOWN: constexpr,
+    HAS_POS: constexpr, HAS_START: constexpr, MASKED: constexpr,
+):  # fmt: skip
+    """The token into the window, and the span that leaves it into its pages. Grid: (B * H,)."""
+    bh = tl.program_id(0)
+    b = bh // H
+    h = bh % H
+    WINDOW: constexpr = RING - SPAN
+    begin, spans, coded, first, _, anew, fault = standing(
+        ROWS, POS, MASK, b, start, mask_row, HAS_POS, HAS_START, MASKED, SINK, WINDOW, SPAN
+    )
+    frozen = tl.load(ROWS + b * 5 + 4) > 0
+    d = tl.arange(0, D)
+    moments = MOMENTS + bh * (D + 1)
+    if anew:
+        tl.store(moments + d, tl.zeros([D], tl.float64))
+        tl.store(moments + D, 0.0)
+        tl.store(ENERGY + bh * 2, 0.0)
+        tl.store(ENERGY + bh * 2 + 1, 0.0)
+        for page in tl.range(0, NP):
+            tl.store(POSITIONS + (bh.to(tl.int64) * NP + page) * 64 + tl.arange(0, 64), -1)
+        frozen = first < 0
+        tl.debug_barrier()
+    if (begin >= 0) & (not fault):
+        g = tl.arange(0, N)
+        q = tl.load(Q + b * q_row + (h * G + g)[:, None] * q_head + d[None, :], mask=(g < G)[:, None], other=0.0)
+        q = q.to(tl.float32)
+        if frozen:
+            scaled = q * tl.load(SCALE + bh * D + d)[None, :]
+            tl.store(ENERGY + bh * 2, tl.load(ENERGY + bh * 2) + tl.sum(tl.sum(scaled * scaled, 1), 0).to(tl.float64))
+            tl.store(ENERGY + bh * 2 + 1, tl.load(ENERGY + bh * 2 + 1) + G)
+        else:
+            tl.store(moments + d, tl.load(moments + d) + tl.sum(q * q, 0).to(tl.float64))
+            tl.store(moments + D, tl.load(moments + D) + G)
+        slot = tl.where(first < begin + SINK, first - begin, SINK + first % RING)
+        slots = bh.to(tl.int64) * ((SINK + RING) * D)
+        tl.store(EXACT_K + slots + slot * D + d, tl.load(K + b * k_row + h * k_head + d))
+        tl.store(EXACT_V + slots + slot * D + d, tl.load(V + b * v_row + h * v_head + d))
+        if coded > spans:
+            tl.debug_barrier()
+            at = begin + SINK + spans * SPAN
+            if not frozen:
+                held = SINK + (at + tl.arange(0, SPAN)) % RING
+                learn_scale(EXACT_K + slots, moments, SCALE + bh * D, held, ROTARY, INTERLEAVED, KNOWN, D, SPAN)
+            row = spans % NS
+            pages = bh.to(tl.int64) * NP
+            encode_span(
+                WORDS, TABLE + pages, POSITIONS + pages * 64, TIERS + pages,
+                ANCHORS + (bh.to(tl.int64) * NS + row) * D, STEPS + (bh * NS + row) * 2,
+                EXACT_K + slots, EXACT_V + slots, SCALE + bh * D, SIGNS, at, row * (SPAN // 64),
+                D, KB, VB, SPAN, SINK, RING, KBORDERS, KLEVELS, VBORDERS, VLEVELS,
+            )  # fmt: skip
+
+
+@triton.jit
+def advance(
+    ROWS, POS, MASK, start, mask_row,
+    SPAN: constexpr, SINK: constexpr, RING: constexpr,
+    HAS_POS: constexpr, HAS_START: constexpr, MASKED: constexpr, ROLLING: constexpr,
+):  # fmt: skip
+    """The counters of one row. Grid: (B,)."""
+    b = tl.program_id(0)
+    begin, spans, coded, first, base, anew, fault = standing(
+        ROWS, POS, MASK, b, start, mask_row, HAS_POS, HAS_START, MASKED, SINK, RING - SPAN, SPAN
+    )
+    frozen = tl.load(ROWS + b * 5 + 4)
+    if anew:
+        frozen = frozen * 0
+    row = ROWS + b * 5
+    tl.store(row, begin)
+    tl.store(row + 1, first + 1)
+    tl.store(row + 2, coded)
+    tl.store(row + 3, base + 1 if ROLLING else base)
+    tl.store(row + 4, tl.where(fault, FAULT, tl.where(coded > spans, 1, frozen)))

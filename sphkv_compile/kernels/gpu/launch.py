@@ -1,0 +1,186 @@
+"""Launches the decode step's kernels on a state's memory, without a read from the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+from sphkv_compile.codecs.codebook import levels, thresholds
+from sphkv_compile.kernels.gpu import append as appending
+from sphkv_compile.kernels.gpu import words
+from sphkv_compile.kernels.gpu.decode import HEADS, LOG2E, combine, decode, prepare
+from sphkv_compile.spec import Tier
+from sphkv_compile.storage import tiles
+from sphkv_compile.storage.layout import Layout
+from sphkv_compile.storage.state import State
+
+DIMS = (64, 128, 256)
+BITS = (2, 3, 4)
+CHUNK = 64
+"""Spans of one program of ``prepare``."""
+OCCUPANCY = 8
+"""Coded parts, of one warp each, for every multiprocessor: two for each of its schedulers."""
+
+
+def layout_served(codec: str, tier: Tier, page: int, k_dim: int, v_dim: int) -> bool:
+    """Whether pages of this kind can be tiled for these kernels."""
+    return (
+        codec == "axis_cosine"
+        and page == tiles.TOKENS
+        and k_dim == v_dim
+        and k_dim in DIMS
+        and tier.k_bits in BITS
+        and tier.v_bits in BITS
+        and tiles.served(k_dim, tier.k_bits)
+        and tiles.served(v_dim, tier.v_bits)
+    )
+
+
+def call_served(layout: Layout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> bool:
+    """Whether one attention is a decode step that these kernels serve."""
+    return (
+        layout.tiled
+        and len(layout.tiers) == 1
+        and q.shape[2] == 1
+        and not is_causal  # aligned to the upper left, it would show one column
+        and q.shape[1] // k.shape[1] <= HEADS
+        and q.dtype == k.dtype == v.dtype
+        and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+        and (
+            mask is None or (mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1 and mask.stride(-1) == 1)
+        )
+    )
+
+
+def attend(
+    state: State,
+    layout: Layout,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor | None,
+    start: int | None,
+    columns: int,
+    mask: Tensor | None,
+    scale: float | None,
+    rolling: bool,
+) -> Tensor:
+    """Attention of one new token per row over the coded cache and itself.
+
+    Shapes: ``q`` [B, H * G, 1, D], ``k`` / ``v`` [B, H, 1, D], ``mask`` bool[B or 1, 1, 1, columns] -> like ``q``.
+    """
+    b, hq, _, d = q.shape
+    h, device = k.shape[1], q.device
+    g, spans, pages = hq // h, state.anchors.shape[2], state.table.shape[2]
+    exact = triton.cdiv(layout.sink + layout.ring, tiles.EDGE)
+    parts = max(1, min(OCCUPANCY * _processors(device) // (b * h), pages, 256 - exact))
+    slices = exact + parts
+    turned = torch.empty(b * h, HEADS, d, dtype=torch.float16, device=device)
+    bias = torch.empty(b * h, max(1, spans), HEADS, dtype=torch.float32, device=device)
+    seen = torch.empty(b if mask is not None else 0, max(1, pages), 2, dtype=torch.int32, device=device)
+    partial = torch.empty(b * h, slices, HEADS, d, dtype=torch.float16, device=device)
+    lse = torch.empty(b * h, slices, HEADS, dtype=torch.float32, device=device)
+    out = torch.empty(b, hq, 1, d, dtype=q.dtype, device=device)
+    (tier,) = layout.tiers
+    twin = not _converts(device)
+    depends = _depends(device)
+    qscale = (d**-0.5 if scale is None else scale) * LOG2E
+    signs = _signs(layout, d, device)
+    where = pos if pos is not None else state.rows
+    shown = mask.view(torch.uint8) if mask is not None else state.rows
+    mask_row = mask.stride(0) if mask is not None and mask.shape[0] > 1 else 0
+    numbers = start or 0, columns, qscale, q.stride(0), q.stride(1)
+    flags = {
+        "HAS_POS": pos is not None, "HAS_START": start is not None, "ROLLING": rolling, "MASKED": mask is not None,
+        "G": g, "D": d, "N": HEADS, "SINK": layout.sink,
+    }  # fmt: skip
+    prepare[(max(1, triton.cdiv(spans, CHUNK)), b * h)](
+        q, state.pair_scale, signs, state.anchors, state.span_scales, state.rows, where, shown, turned, bias, seen,
+        *numbers, mask_row, h, spans, pages, SPAN=layout.span, CHUNK=CHUNK, num_warps=4, **flags,
+    )  # fmt: skip
+    decode[(b * h * slices,)](
+        q, turned, state.arena, state.arena.view(torch.int32), state.table, bias, seen, shown, state.rows, where,
+        state.exact_k, state.exact_v, partial, lse, *numbers, mask_row, h, spans, pages, parts, b * h,
+        KB=tier.k_bits, VB=tier.v_bits, SPAN=layout.span, RING=layout.ring, EXACT=exact,
+        KSTEP=words.step(tier.k_bits), VSTEP=words.step(tier.v_bits),
+        KASM="" if twin else words.assembly(tier.k_bits), VASM="" if twin else words.assembly(tier.v_bits),
+        KTABLE=words.lookup(tier.k_bits), VTABLE=words.lookup(tier.v_bits),
+        STAGES=3, IEEE=q.dtype == torch.float32, PDL=depends, num_warps=2 if d == 256 else 1, num_stages=3, **flags,
+    )  # fmt: skip
+    combine[(g, b * h)](
+        partial, lse, q, k, v, signs, state.rows, where, shown, out, *numbers,
+        k.stride(0), k.stride(1), v.stride(0), v.stride(1), mask_row, h, parts,
+        EXACT=exact, BLOCK=triton.next_power_of_2(slices), PDL=depends, launch_pdl=depends, num_warps=4, **flags,
+    )  # fmt: skip
+    return out
+
+
+def append(
+    state: State,
+    layout: Layout,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor | None,
+    start: int | None,
+    mask: Tensor | None,
+    rolling: bool,
+) -> None:
+    """One new token per row into the state, as :func:`sphkv_compile.ops.append.append` does it.
+
+    A write into coded spans marks the row as faulty instead: see :data:`sphkv_compile.storage.state.FAULT`.
+    """
+    b, hq, _, d = q.shape
+    h = k.shape[1]
+    (tier,) = layout.tiers
+    where = pos if pos is not None else state.rows
+    shown = mask.view(torch.uint8) if mask is not None else state.rows
+    mask_row = mask.stride(0) if mask is not None and mask.shape[0] > 1 else 0
+    flags = {
+        "HAS_POS": pos is not None, "HAS_START": start is not None, "MASKED": mask is not None,
+        "SPAN": layout.span, "SINK": layout.sink, "RING": layout.ring,
+    }  # fmt: skip
+    spans, pages = state.anchors.shape[2], state.table.shape[2]
+    appending.append[(b * h,)](
+        q, k, v, state.arena.view(torch.int32), state.table, state.tiers, state.positions, state.anchors,
+        state.span_scales, state.exact_k, state.exact_v, state.pair_scale, state.moments, state.energy,
+        _signs(layout, d, q.device), state.rows, where, shown, start or 0,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), mask_row, h, max(1, spans), pages,
+        G=hq // h, D=d, N=HEADS, KB=tier.k_bits, VB=tier.v_bits,
+        KBORDERS=_table(thresholds, tier.k_bits), KLEVELS=_table(levels, tier.k_bits),
+        VBORDERS=_table(thresholds, tier.v_bits), VLEVELS=_table(levels, tier.v_bits),
+        ROTARY=layout.rotary_dim, INTERLEAVED=layout.rope == "interleaved", KNOWN=layout.rope != "none",
+        num_warps=8, **flags,
+    )  # fmt: skip
+    appending.advance[(b,)](state.rows, where, shown, start or 0, mask_row, ROLLING=rolling, num_warps=1, **flags)
+
+
+@lru_cache(None)
+def _table(table: Callable[[int], Tensor], bits: int) -> tuple[float, ...]:
+    return tuple(table(bits).tolist())
+
+
+@lru_cache(None)
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@lru_cache(None)
+def _converts(device: torch.device) -> bool:
+    """Whether the device has e4m3 conversion; the interpreter has no assembly at all."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+@lru_cache(None)
+def _depends(device: torch.device) -> bool:
+    """Whether the device has programmatic dependent launch."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@lru_cache(None)
+def _signs(layout: Layout, dim: int, device: torch.device) -> Tensor:
+    return layout.rotation(dim, device)[0].sign().contiguous()

@@ -1,0 +1,259 @@
+"""From a tile's words to float16 planes: inline assembly where the device converts e4m3, a Triton twin everywhere else.
+
+Both give the same bits. The layouts are those of :mod:`sphkv_compile.storage.tiles`; a level is an e4m3 number times
+the width's step (:func:`sphkv_compile.codecs.codebook.byte_table`), and the step is left to the caller.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import triton
+import triton.language as tl
+from triton.language.core import constexpr
+
+from sphkv_compile.codecs.codebook import byte_table, e4m3_value
+
+
+def _word(table: tuple[int, ...]) -> str:
+    """Four bytes as a 32-bit literal."""
+    return hex(sum(byte << (8 * i) for i, byte in enumerate(table)))
+
+
+@lru_cache(None)
+def signed_table(bits: int) -> tuple[int, ...]:
+    """The e4m3 byte of every code, ascending."""
+    positive = byte_table(bits)[0]
+    return tuple(byte | 0x80 for byte in reversed(positive)) + positive
+
+
+@lru_cache(None)
+def lookup(bits: int) -> tuple[float, ...]:
+    """What the twin looks up: magnitudes at 4 bits, where the sign has a bit of its own, all levels at 2 and 3."""
+    return tuple(map(e4m3_value, byte_table(4)[0] if bits == 4 else signed_table(bits)))
+
+
+@lru_cache(None)
+def step(bits: int) -> float:
+    """What an e4m3 number is multiplied by to give a level."""
+    return byte_table(bits)[1]
+
+
+# The high half of a word copied down by a float16 multiplication by one: it runs beside the permutes, not before them.
+# A selector's halves are no infinities and no NaN; adding -0 keeps +0.
+_HIGH = (
+    "{{ .reg .b16 a0, a1; .reg .b32 y, one, zero; mov.b32 {{a0, a1}}, {source}; mov.b32 y, {{a1, a1}}; "
+    "mov.b32 one, 0x3c003c00; mov.b32 zero, 0x80008000; fma.rn.f16x2 {target}, y, one, zero; }}"
+)
+_CONVERT = (
+    "{{ .reg .b16 h0, h1; mov.b32 {{h0, h1}}, {source}; "
+    "cvt.rn.f16x2.e4m3x2 ${first}, h0; cvt.rn.f16x2.e4m3x2 ${second}, h1; }}"
+)
+
+
+def _high(target: str, source: str) -> str:
+    return _HIGH.format(target=target, source=source)
+
+
+def _convert(source: str, first: int) -> str:
+    return _CONVERT.format(source=source, first=first, second=first + 1)
+
+
+@lru_cache(None)
+def assembly(bits: int) -> str:
+    """PTX that turns the words of one group of tiles into its planes: two registers of float16 pairs each."""
+    lines = {4: _assembly4, 3: _assembly3, 2: _assembly2}[bits]()
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+def _assembly4() -> list[str]:
+    table = byte_table(4)[0]
+    low, high = _word(table[:4]), _word(table[4:])
+    return [
+        ".reg .b32 m, n, s, t, u;",
+        "and.b32 m, $4, 0x77777777;",
+        _high("n", "m"),
+        f"prmt.b32 t, {low}, {high}, m;",
+        f"prmt.b32 u, {low}, {high}, n;",
+        "shl.b32 s, $4, 4;",
+        "lop3.b32 t, t, $4, 0x80808080, 0xF8;",
+        "lop3.b32 u, u, s, 0x80808080, 0xF8;",
+        _convert("t", 0),
+        _convert("u", 2),
+    ]
+
+
+def _assembly2() -> list[str]:
+    table = _word(signed_table(2))
+    lines = [
+        ".reg .b32 m, n, v, t;",
+        "and.b32 m, $8, 0x33333333;",
+        "shr.u32 v, $8, 2;",
+        "and.b32 v, v, 0x33333333;",
+    ]
+    for i, source in enumerate(("m", "v")):
+        lines += [f"prmt.b32 t, {table}, 0, {source};", _convert("t", 4 * i)]
+        lines += [_high("n", source), f"prmt.b32 t, {table}, 0, n;", _convert("t", 4 * i + 2)]
+    return lines
+
+
+def _assembly3() -> list[str]:
+    table = signed_table(3)
+    low, high = _word(table[:4]), _word(table[4:])
+
+    def pair(first: int) -> list[str]:
+        return [
+            f"prmt.b32 t, {low}, {high}, m;",
+            _convert("t", first),
+            _high("n", "m"),
+            f"prmt.b32 t, {low}, {high}, n;",
+            _convert("t", first + 2),
+        ]
+
+    lines = [".reg .b32 m, n, s, t;"]
+    for tile in range(3):
+        lines += [f"and.b32 m, ${16 + tile}, 0x77777777;", *pair(4 * tile)]
+    lines += [
+        "shr.u32 s, $16, 1; and.b32 m, s, 0x44444444;",
+        "shr.u32 s, $17, 2; lop3.b32 m, s, 0x22222222, m, 0xEA;",
+        "shr.u32 s, $18, 3; lop3.b32 m, s, 0x11111111, m, 0xEA;",
+    ]
+    return lines + pair(12)
+
+
+H = tl.float16
+
+
+@triton.jit
+def _assembly_planes(at, BITS: constexpr, ASM: constexpr):
+    """Planes of one group of tiles, by inline assembly: 4 bytes of a row are one word in the register that it reads."""
+    if BITS == 4:
+        out = tl.inline_asm_elementwise(
+            ASM, "=r,=r,=r,=r,r", [tl.load(at)], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
+    elif BITS == 2:
+        out = tl.inline_asm_elementwise(
+            ASM,
+            "=r,=r,=r,=r,=r,=r,=r,=r,r",
+            [tl.load(at)],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        out = tl.inline_asm_elementwise(
+            ASM,
+            "=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,r,r,r",
+            [tl.load(at), tl.load(at + 1024), tl.load(at + 2048)],
+            dtype=(
+                tl.float16,
+                tl.float16,
+                tl.float16,
+                tl.float16,
+                tl.float16,
+                tl.float16,
+                tl.float16,
+                tl.float16,
+            ),
+            is_pure=True,
+            pack=4,
+        )
+    return out
+
+
+@triton.jit
+def _choose(index, TABLE: constexpr, N: constexpr):
+    value = tl.full(index.shape, TABLE[0], tl.float32)
+    for i in tl.static_range(1, N):
+        value = tl.where(index == i, TABLE[i], value)
+    return value
+
+
+@triton.jit
+def _row_of_four(a, b, c, d):
+    """Elements 0, 1, 2, 3 of every word, side by side. Shapes: [32, 8] each -> float16[32, 32]."""
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (32, 32)).to(tl.float16)
+
+
+@triton.jit
+def _nibble(word, PLACE: constexpr, MASK: constexpr, TABLE: constexpr, N: constexpr):
+    """The elements at bits PLACE, PLACE + 4, ... of every word."""
+    return _row_of_four(
+        _choose((word >> PLACE) & MASK, TABLE, N),
+        _choose((word >> (PLACE + 4)) & MASK, TABLE, N),
+        _choose((word >> (PLACE + 8)) & MASK, TABLE, N),
+        _choose((word >> (PLACE + 12)) & MASK, TABLE, N),
+    )
+
+
+@triton.jit
+def _sign(word, BIT: constexpr):
+    return tl.where(((word >> BIT) & 1) == 1, -1.0, 1.0)
+
+
+@triton.jit
+def _signs(word, PLACE: constexpr):
+    return _row_of_four(_sign(word, PLACE), _sign(word, PLACE + 8), _sign(word, PLACE + 16), _sign(word, PLACE + 24))
+
+
+@triton.jit
+def _twin_planes(at, BITS: constexpr, TABLE: constexpr):
+    """The same planes in Triton alone: for devices without e4m3 conversion, and for the interpreter.
+
+    Args:
+        at: pointers int32[32, 8] to the words of the group's first tile.
+    """
+    w = tl.load(at)
+    if BITS == 4:
+        out = (
+            _nibble(w, 0, 7, TABLE, 8) * _signs(w, 7),
+            _nibble(w, 16, 7, TABLE, 8) * _signs(w, 3),
+        )
+    elif BITS == 2:
+        out = (
+            _nibble(w, 0, 3, TABLE, 4),
+            _nibble(w, 16, 3, TABLE, 4),
+            _nibble(w, 2, 3, TABLE, 4),
+            _nibble(w, 18, 3, TABLE, 4),
+        )
+    else:
+        x = tl.load(at + 256)
+        y = tl.load(at + 512)
+        z = ((w >> 1) & 0x44444444) | ((x >> 2) & 0x22222222) | ((y >> 3) & 0x11111111)
+        out = (
+            _nibble(w, 0, 7, TABLE, 8),
+            _nibble(w, 16, 7, TABLE, 8),
+            _nibble(x, 0, 7, TABLE, 8),
+            _nibble(x, 16, 7, TABLE, 8),
+            _nibble(y, 0, 7, TABLE, 8),
+            _nibble(y, 16, 7, TABLE, 8),
+            _nibble(z, 0, 7, TABLE, 8),
+            _nibble(z, 16, 7, TABLE, 8),
+        )
+    return out
+
+
+@triton.jit
+def planes(BYTES, WORDS, BITS: constexpr, PLANES: constexpr, ASM: constexpr, TABLE: constexpr):
+    """The planes of one operand of a page.
+
+    Args:
+        BYTES, WORDS: its first byte, as pointers to uint8 and to int32.
+        PLANES: 64 * D / 1024.
+        ASM: from :func:`assembly`; empty for the twin.
+
+    Shapes: -> PLANES times float16[32, 32], in units of the width's step.
+    """
+    GROUP: constexpr = 8 if BITS == 3 else 8 // BITS
+    TILES: constexpr = GROUP * BITS // 8
+    row = tl.arange(0, 32)
+    out = ()
+    if ASM == "":
+        place = (row * 8)[:, None] + tl.arange(0, 8)[None, :]
+        for i in tl.static_range(PLANES // GROUP):
+            out = out + _twin_planes(WORDS + i * (TILES * 256) + place, BITS, TABLE)
+    else:
+        place = (row * 32)[:, None] + row[None, :]
+        for i in tl.static_range(PLANES // GROUP):
+            out = out + _assembly_planes(BYTES + i * (TILES * 1024) + place, BITS, ASM)
+    return out

@@ -1,0 +1,84 @@
+"""The fused decode step on a device against float64 over what the cache decodes to."""
+
+import pytest
+import torch
+
+from sphkv_compile.ops.append import append
+from sphkv_compile.ops.read import dense
+from sphkv_compile.spec import Tier
+from sphkv_compile.storage.layout import UNIT, Layout
+from sphkv_compile.storage.state import BASE, Geometry, empty_state
+from sphkv_compile.testing.oracle import attention
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a device")]
+LIMIT = 2.5e-3
+"""Relative error: queries, weights and values are float16 in the products, outputs in the model's dtype."""
+
+
+def filled(tier, dim, dtype, heads=2, group=4, length=1500, starts=(0, 9), seed=0):
+    """A state that holds ``length`` tokens in two rows, the second left-padded, and one more token."""
+    generator = torch.Generator().manual_seed(seed)
+    layout = Layout("axis_cosine", (Tier.parse(tier),), 4, 128, 128, 64, 0, "half", dim, "tiles")
+    capacity = length + 300
+    geometry = Geometry(2, heads, capacity, dim, dim, dtype, dtype, False)
+    pages = layout.spans(capacity, False) * layout.pages_per_span
+    size = layout.page_bytes(layout.tiers[0], dim, dim, geometry.itemsize)
+    state = empty_state(layout, geometry, torch.zeros(2 * heads * pages * size, dtype=torch.uint8, device="cuda"))
+    order = torch.randperm(2 * heads * pages, generator=generator) * (size // UNIT)
+    state.table.copy_(order.view(2, heads, pages))
+    q = torch.randn(2, heads * group, length + 1, dim, generator=generator)
+    k = torch.randn(2, heads, length + 1, dim, generator=generator) + torch.randn(1, heads, 1, dim, generator=generator)
+    v = torch.randn(2, heads, length + 1, dim, generator=generator)
+    q, k, v = ((x * s).to("cuda", dtype) for x, s in ((q, 2.0), (k, 1.0), (v, 1.0)))
+    append(state, layout, q[:, :, :length], k[:, :, :length], v[:, :, :length], 0, list(starts))
+    state.rows[:, BASE] = 0
+    return state, layout, tuple(x[:, :, length:] for x in (q, k, v)), capacity
+
+
+def expected(state, layout, new, columns, mask):
+    q, k, v = new
+    length = int(state.rows[0, 1])
+    exact = state._replace(exact_k=state.exact_k.float(), exact_v=state.exact_v.float())
+    keys, values = (x.cpu() for x in dense(exact, layout, columns))
+    keys[:, :, length], values[:, :, length] = k[:, :, 0].float().cpu(), v[:, :, 0].float().cpu()
+    return attention(q.double().cpu(), keys.double(), values.double(), mask.cpu(), False, None)
+
+
+def shown(length, columns, starts=(0, 9), holes=False):
+    column = torch.arange(columns, device="cuda")
+    seen = torch.stack([(column <= length) & (column >= start) for start in starts])
+    if holes:
+        seen &= (column % 7 != 3) | (column == length)
+    return seen.view(2, 1, 1, columns)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("tier", ["K4V4", "K4V2", "K3V2", "K2V2", "K3V3"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_against_float64(tier, dim, dtype, masked):
+    from sphkv_compile.kernels.gpu import launch
+
+    if not launch.layout_served("axis_cosine", Tier.parse(tier), 64, dim, dim):
+        pytest.skip("three bits need eight planes: head_dim 128 or more")
+    state, layout, new, columns = filled(tier, dim, dtype)
+    mask = shown(1500, columns, holes=masked)
+    pos = torch.tensor([1500], device="cuda")
+    out = launch.attend(state, layout, *new, pos, None, columns, mask if masked else None, None, False)
+    want = expected(state, layout, new, columns, mask)
+    gap = float((out.double().cpu() - want).norm() / want.norm())
+    assert gap < LIMIT * (1 if dtype != torch.bfloat16 else 1.5)  # bfloat16 rounds the output itself by 1.1e-3
+
+
+@pytest.mark.parametrize("tier", ["K4V4", "K4V2", "K3V2", "K2V2"])
+def test_assembly_and_twin_agree_to_the_bit(tier, monkeypatch):
+    from sphkv_compile.kernels.gpu import launch
+
+    state, layout, new, columns = filled(tier, 128, torch.bfloat16)
+    pos, found = torch.tensor([1500], device="cuda"), []
+    if not launch._converts(torch.device("cuda")):
+        pytest.skip("a device without e4m3 conversion runs the twin alone")
+    for converts in (True, False):
+        monkeypatch.setattr(launch, "_converts", lambda device, converts=converts: converts)
+        found.append(launch.attend(state, layout, *new, pos, None, columns, None, None, False))
+    assert torch.equal(*found)

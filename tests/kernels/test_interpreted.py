@@ -1,0 +1,173 @@
+"""The GPU's decode step in the interpreter: its twin of the decoding, its arithmetic and its counters.
+
+The state's specification is ``ops/append.py``, which writes the same tiled pages by other means; attention is held
+against float64 over what the cache decodes to.
+"""
+
+import math
+
+import pytest
+import torch
+
+from sphkv_compile.kernels.gpu import launch
+from sphkv_compile.ops.append import append
+from sphkv_compile.ops.read import dense
+from sphkv_compile.spec import Tier
+from sphkv_compile.storage.layout import UNIT, Layout
+from sphkv_compile.storage.state import BASE, FAULT, FROZEN, LENGTH, SPANS, START, Geometry, State, empty_state
+from sphkv_compile.testing.oracle import attention
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted only where there is no device")
+B, H, CAPACITY, SINK, WINDOW, SPAN = 2, 2, 500, 4, 32, 128
+PADDING = [0, 7]
+
+
+def make(tier, dim, dtype=torch.float32, rope="half", rolling=False, capacity=CAPACITY):
+    layout = Layout("axis_cosine", (Tier.parse(tier),), SINK, WINDOW, SPAN, 64, 0, rope, dim, "tiles")
+    geometry = Geometry(B, H, capacity, dim, dim, dtype, dtype, rolling)
+    pages = layout.spans(capacity, rolling) * layout.pages_per_span
+    size = layout.page_bytes(layout.tiers[0], dim, dim, geometry.itemsize)
+    state = empty_state(layout, geometry, torch.zeros(B * H * pages * size, dtype=torch.uint8))
+    order = torch.randperm(B * H * pages, generator=torch.Generator().manual_seed(1))
+    state.table.copy_((order * (size // UNIT)).view(B, H, pages))
+    return state, layout
+
+
+def tokens(count, dim, group, dtype=torch.float32):
+    """Queries, keys with a constant of their own, values."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    k = normal(B, H, count, dim) * 2 + normal(1, H, 1, dim) * 3
+    return [x.to(dtype) for x in (normal(B, H * group, count, dim), k, normal(B, H, count, dim))]
+
+
+def part(x, *index):
+    return [t[:, :, slice(*index)] for t in x]
+
+
+def shown(holes=False, position=None):
+    """A mask over all columns: left padding, and every seventh token hidden. Shapes: -> bool[B, 1, 1, columns]."""
+    column = torch.arange(CAPACITY)
+    seen = column >= torch.tensor(PADDING)[:, None]
+    if position is not None:
+        seen &= column <= position
+    if holes:
+        seen &= (column % 7 != 3) | (column == position)
+    return seen.view(B, 1, 1, CAPACITY)
+
+
+@pytest.mark.parametrize(
+    ("tier", "dim", "group", "dtype", "masked", "count"),
+    [
+        ("K4V4", 64, 3, torch.float32, False, 400),
+        ("K4V2", 128, 8, torch.float16, True, 300),
+        ("K3V3", 128, 1, torch.float32, True, 300),
+        ("K2V4", 64, 4, torch.float32, False, 300),
+        ("K4V4", 256, 2, torch.float32, True, 300),
+        ("K4V4", 64, 2, torch.float32, True, 3),  # sinks alone
+        ("K4V4", 64, 2, torch.float32, False, 120),  # no span has left the window
+    ],
+)
+def test_attention_against_float64(tier, dim, group, dtype, masked, count):
+    state, layout = make(tier, dim, dtype)
+    all_tokens = tokens(count + 1, dim, group, dtype)
+    append(state, layout, *part(all_tokens, 0, count), 0, PADDING if masked and count > 7 else [0, 0])
+    q, k, v = part(all_tokens, count, count + 1)
+    mask = shown(holes=True, position=count) if masked else None
+    if masked and count < 7:
+        mask = torch.ones_like(mask)
+    assert launch.call_served(layout, q, k, v, mask, False)
+    for place in ((torch.tensor([count]), None), (None, count), (None, None)):
+        out = launch.attend(state, layout, q, k, v, *place, CAPACITY, mask, None, False)
+        exact = state._replace(exact_k=state.exact_k.float(), exact_v=state.exact_v.float())
+        keys, values = dense(exact, layout, count + 1)
+        keys[:, :, count], values[:, :, count] = k[:, :, 0].float(), v[:, :, 0].float()
+        want = attention(q, keys, values, None if mask is None else mask[..., : count + 1], False, None)
+        assert float((out - want).norm() / want.norm()) < 1e-3  # float16 products; a wrong token gives over 1e-2
+
+
+@pytest.mark.parametrize(
+    ("tier", "dim", "group", "rope", "masked"),
+    [
+        ("K4V4", 64, 3, "half", False),
+        ("K4V2", 128, 4, "half", True),
+        ("K2V2", 64, 1, "interleaved", True),
+        ("K3V3", 128, 2, "none", False),
+    ],
+)
+def test_appends_write_what_the_specification_writes(tier, dim, group, rope, masked):
+    """Across the step in which the first span leaves the window, row by row, and its scale is learned."""
+    (ours, layout), (spec, _) = make(tier, dim, rope=rope), make(tier, dim, rope=rope)
+    before, after = SINK + WINDOW + SPAN - 4, SINK + WINDOW + SPAN + 8
+    x = tokens(after, dim, group)
+    mask = shown() if masked else None
+    starts = PADDING if masked else [0, 0]
+    for state in (ours, spec):
+        append(state, layout, *part(x, 0, before), 0, starts)
+    for t in range(before, after):
+        append(spec, layout, *part(x, t, t + 1), t, starts)
+        launch.append(ours, layout, *part(x, t, t + 1), torch.tensor([t]), None, mask, False)
+    assert spec.rows[:, SPANS].tolist() == [1, 1]
+    for name, a, b in zip(State._fields, ours, spec):
+        if name == "arena":  # a sum in another order may move a code or a radius by one
+            assert float((a != b).double().mean()) < 1e-4
+        else:
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+
+
+def test_a_row_from_its_first_token_and_begun_anew():
+    """Counters from nothing; padding is no token; a write at a row's first position begins it anew."""
+    (ours, layout), (spec, _) = make("K4V4", 64), make("K4V4", 64)
+    x, mask = tokens(12, 64, 2), shown()
+    for t in (*range(12), *range(9)):
+        real = [0 if p <= t else -1 for p in PADDING]
+        append(spec, layout, *part(x, t, t + 1), t, [t if r == 0 else -1 for r in real])
+        launch.append(ours, layout, *part(x, t, t + 1), torch.tensor([t]), None, mask, False)
+        assert ours.rows.tolist() == spec.rows.tolist()
+    assert ours.rows[:, START].tolist() == PADDING
+    torch.testing.assert_close(ours.moments, spec.moments, rtol=1e-6, atol=0)
+
+
+def test_a_write_into_codes_is_refused_and_shows():
+    state, layout = make("K4V4", 64)
+    x = tokens(301, 64, 2)
+    append(state, layout, *part(x, 0, 300), 0, [0, 0])
+    before = [t.clone() for t in state]
+    launch.append(state, layout, *part(x, 300, 301), torch.tensor([50]), None, None, False)
+    assert state.rows[:, FROZEN].tolist() == [FAULT, FAULT]
+    for name, a, b in zip(State._fields, state, before):
+        assert name == "rows" or torch.equal(a, b), name
+    out = launch.attend(state, layout, *part(x, 300, 301), torch.tensor([51]), None, CAPACITY, None, None, False)
+    assert bool(out.isnan().all())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_rolling_window(masked):
+    """Tokens leave a sliding window of 200 columns; its pages are used again."""
+    columns = 200
+    mask = (torch.arange(columns) % 7 != 3).expand(B, 1, 1, columns).contiguous() if masked else None
+    (ours, layout), (spec, _) = (make("K4V4", 64, rolling=True, capacity=columns) for _ in range(2))
+    x, total = tokens(440, 64, 2), 436
+    for state in (ours, spec):
+        append(state, layout, *part(x, 0, total), 0, [0, 0])
+        state.rows[:, BASE] = total - columns
+    for t in range(total, 440):
+        q, k, v = part(x, t, t + 1)
+        out = launch.attend(ours, layout, q, k, v, None, None, columns, mask, None, True)
+        base = t + 1 - columns
+        keys, values = dense(spec, layout, columns, base)
+        keys[:, :, -1], values[:, :, -1] = k[:, :, 0], v[:, :, 0]
+        held = torch.zeros(columns, dtype=torch.bool)
+        held[-1] = True
+        held |= (keys != 0).any(-1).all(0).all(0)
+        held = held if mask is None else held & mask
+        want = attention(q, keys, values, held.expand(B, 1, 1, columns), False, None)
+        assert float((out - want).norm() / want.norm()) < 1e-3
+        launch.append(ours, layout, q, k, v, None, None, mask, True)
+        append(spec, layout, q, k, v, t, [0, 0])
+        spec.rows[:, BASE] = base
+        assert ours.rows.tolist() == spec.rows.tolist()
+    assert ours.rows[0, LENGTH] == 440 and math.ceil(columns / SPAN) + 1 == ours.anchors.shape[2]
