@@ -9,13 +9,16 @@ import math
 import pytest
 import torch
 
-from sphkv_compile.kernels.gpu import launch
+from sphkv_compile.codecs.codebook import levels
+from sphkv_compile.kernels.gpu import launch, words
 from sphkv_compile.ops.append import append
 from sphkv_compile.ops.read import dense
 from sphkv_compile.spec import Tier
+from sphkv_compile.storage import tiles
 from sphkv_compile.storage.layout import UNIT, Layout
 from sphkv_compile.storage.state import BASE, FAULT, FROZEN, LENGTH, SPANS, START, Geometry, State, empty_state
 from sphkv_compile.testing.oracle import attention
+from sphkv_compile.testing.planes import dumped
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted only where there is no device")
 B, H, CAPACITY, SINK, WINDOW, SPAN = 2, 2, 500, 4, 32, 128
@@ -57,6 +60,13 @@ def shown(holes=False, position=None):
     if holes:
         seen &= (column % 7 != 3) | (column == position)
     return seen.view(B, 1, 1, CAPACITY)
+
+
+@pytest.mark.parametrize(("bits", "dim"), [(2, 64), (3, 128), (4, 64), (4, 256)])
+def test_the_twin_decodes_every_code(bits, dim):
+    codes = torch.arange(64 * dim).view(64, dim).mul(2654435761).bitwise_right_shift(7).remainder(2**bits).byte()
+    found = dumped(tiles.pack_keys(codes, bits), bits, dim, "")
+    assert torch.equal(found, (levels(bits)[codes.int()] / words.step(bits)).half())
 
 
 @pytest.mark.parametrize(

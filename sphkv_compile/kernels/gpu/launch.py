@@ -22,8 +22,13 @@ DIMS = (64, 128, 256)
 BITS = (2, 3, 4)
 CHUNK = 64
 """Spans of one program of ``prepare``."""
-OCCUPANCY = 8
-"""Coded parts, of one warp each, for every multiprocessor: two for each of its schedulers."""
+OCCUPANCY = 12
+"""Coded parts, of one warp each, for every multiprocessor: as many as fit at once. Fewer leave memory idle; a few more
+wait for a second round."""
+REGISTERS = 168
+"""Of a thread of ``decode``, so that as many fit; the twin, which decodes in arithmetic, takes more warps instead."""
+SLICES = 128
+"""Parts of a row that ``combine`` merges at most."""
 
 
 def layout_served(codec: str, tier: Tier, page: int, k_dim: int, v_dim: int) -> bool:
@@ -77,7 +82,7 @@ def attend(
     h, device = k.shape[1], q.device
     g, spans, pages = hq // h, state.anchors.shape[2], state.table.shape[2]
     exact = triton.cdiv(layout.sink + layout.ring, tiles.EDGE)
-    parts = max(1, min(OCCUPANCY * _processors(device) // (b * h), pages, 256 - exact))
+    parts = max(1, min(OCCUPANCY * _processors(device) // (b * h), pages // 2, SLICES - exact))
     slices = exact + parts
     turned = torch.empty(b * h, HEADS, d, dtype=torch.float16, device=device)
     bias = torch.empty(b * h, max(1, spans), HEADS, dtype=torch.float32, device=device)
@@ -109,7 +114,8 @@ def attend(
         KSTEP=words.step(tier.k_bits), VSTEP=words.step(tier.v_bits),
         KASM="" if twin else words.assembly(tier.k_bits), VASM="" if twin else words.assembly(tier.v_bits),
         KTABLE=words.lookup(tier.k_bits), VTABLE=words.lookup(tier.v_bits),
-        STAGES=3, IEEE=q.dtype == torch.float32, PDL=depends, num_warps=2 if d == 256 else 1, num_stages=3, **flags,
+        STAGES=3, IEEE=q.dtype == torch.float32, PDL=depends, num_stages=3,
+        maxnreg=None if twin else REGISTERS, num_warps=(2 if d == 256 else 1) * (4 if twin else 1), **flags,
     )  # fmt: skip
     combine[(g, b * h)](
         partial, lse, q, k, v, signs, state.rows, where, shown, out, *numbers,
@@ -154,7 +160,7 @@ def append(
         KBORDERS=_table(thresholds, tier.k_bits), KLEVELS=_table(levels, tier.k_bits),
         VBORDERS=_table(thresholds, tier.v_bits), VLEVELS=_table(levels, tier.v_bits),
         ROTARY=layout.rotary_dim, INTERLEAVED=layout.rope == "interleaved", KNOWN=layout.rope != "none",
-        num_warps=8, **flags,
+        num_warps=16 if d == 256 else 8, **flags,
     )  # fmt: skip
     appending.advance[(b,)](state.rows, where, shown, start or 0, mask_row, ROLLING=rolling, num_warps=1, **flags)
 

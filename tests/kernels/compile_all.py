@@ -1,0 +1,128 @@
+"""Compiles every shipped configuration of the GPU's kernels without a GPU, and prints what the compiler reports.
+
+    python tests/kernels/compile_all.py 90          # the compute capability, times ten
+    python tests/kernels/compile_all.py 90 0 8      # the first and the last configuration only
+
+One JSON object a line: kernel, configuration, registers, spilled bytes, and marks in the generated code.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sphkv_compile.kernels.gpu import append as appending
+from sphkv_compile.kernels.gpu import launch
+from sphkv_compile.spec import Tier
+from sphkv_compile.storage.layout import Layout
+from sphkv_compile.storage.state import Geometry, empty_state
+
+TYPES = {
+    torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8",
+    torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
+CONFIGURATIONS = [  # tier, head_dim, dtype, masked, rolling
+    ("K4V4", 128, torch.bfloat16, True, False),
+    ("K4V4", 128, torch.bfloat16, False, False),
+    ("K4V2", 128, torch.float16, False, False),
+    ("K3V2", 128, torch.bfloat16, True, False),
+    ("K2V2", 128, torch.bfloat16, False, True),
+    ("K3V3", 128, torch.bfloat16, False, False),
+    ("K4V4", 64, torch.float32, True, False),
+    ("K4V2", 64, torch.bfloat16, True, True),
+    ("K4V4", 256, torch.bfloat16, True, True),
+]
+
+
+class Recorder:
+    """Stands in for a kernel: keeps the arguments of its launch."""
+
+    def __init__(self, kernel, calls):
+        self.kernel, self.calls = kernel, calls
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.calls.append((self.kernel, args, kwargs))
+
+
+def launches(capability, tier, dim, dtype, masked, rolling):
+    """What one decode step launches, on tensors that hold nothing."""
+    layout = Layout("axis_cosine", (Tier.parse(tier),), 4, 128, 128, 64, 0, "half", dim, "tiles")
+    geometry = Geometry(1, 8, 4096, dim, dim, dtype, dtype, rolling)
+    state, calls = empty_state(layout, geometry, torch.zeros(1 << 16, dtype=torch.uint8)), []
+    for module, names in ((launch, ("prepare", "decode", "combine")), (appending, ("append", "advance"))):
+        for name in names:
+            kernel = getattr(module, name)
+            setattr(module, name, Recorder(kernel.kernel if isinstance(kernel, Recorder) else kernel, calls))
+    launch._converts, launch._depends = (lambda device: capability >= 89), (lambda device: capability >= 90)
+    q, (k, v) = torch.zeros(1, 32, 1, dim, dtype=dtype), torch.zeros(2, 1, 8, 1, dim, dtype=dtype)
+    mask = torch.zeros(1, 1, 1, 4096, dtype=torch.bool) if masked else None
+    pos = torch.zeros(1, dtype=torch.int64)
+    launch.attend(state, layout, q, k, v, pos, None, 4096, mask, None, rolling)
+    launch.append(state, layout, q, k, v, pos, None, mask, rolling)
+    return calls
+
+
+def compiled(kernel, args, kwargs, capability):
+    """The kernel for ``capability``, specialised as a launch would do it."""
+    options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if i >= len(args) or (isinstance(args[i], int) and args[i] == 1):
+            signature[name], constants[name] = "constexpr", kwargs[name] if i >= len(args) else 1
+            continue
+        value = args[i]
+        if isinstance(value, float):
+            signature[name] = "fp32"
+        elif isinstance(value, int):
+            signature[name] = "i32"
+        else:
+            signature[name] = TYPES[value.dtype]
+        if not isinstance(value, (float, int)) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def report(code, capability):
+    """Registers and spills from the assembler, marks from the code."""
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder, "kernel.ptx")
+        ptx.write_text(code.asm["ptx"])
+        assembler = triton.knobs.nvidia.ptxas_blackwell if capability >= 100 else triton.knobs.nvidia.ptxas
+        name = f"--gpu-name=sm_{capability}{'a' if capability >= 90 else ''}"
+        said = subprocess.run([assembler.path, "-v", name, ptx, "-o", "/dev/null"], capture_output=True, text=True)
+    return {
+        "registers": int(re.findall(r"Used (\d+) registers", said.stderr)[-1]),
+        "spilled": sum(map(int, re.findall(r"(\d+) bytes spill stores", said.stderr))),
+        "mma": code.asm["ptx"].count("mma.sync"),
+        "wgmma": code.asm["ptx"].count("wgmma.mma"),
+        "e4m3": code.asm["ptx"].count("e4m3x2"),
+        "dependent": code.asm["ptx"].count("griddepcontrol"),
+        "kwidths": sorted(set(re.findall(r"dot_op<\{opIdx = 0, parent = #\w+, kWidth = (\d)", code.asm["ttgir"]))),
+        "decoded_kwidths": decoded_kwidths(code.asm["ttgir"]),
+    }
+
+
+def decoded_kwidths(text):
+    """Layouts in which inline assembly gives its planes: 4 bytes of a row must be one register."""
+    found = set()
+    for line in text.splitlines():
+        if "elementwise_inline_asm" in line and "packed_element = 4" in line:
+            found |= set(re.findall(r"kWidth = (\d)", line)) or {"none"}
+    return sorted(found)
+
+
+if __name__ == "__main__":
+    capability, *chosen = map(int, sys.argv[1:])
+    for configuration in [CONFIGURATIONS[i] for i in chosen] or CONFIGURATIONS:
+        for kernel, args, kwargs in launches(capability, *configuration):
+            facts = report(compiled(kernel, args, dict(kwargs), capability), capability)
+            print(json.dumps({"kernel": kernel.__name__, "of": str(configuration)} | facts), flush=True)
