@@ -4,7 +4,7 @@
 # make lint        ruff and mypy
 # make eval        quality against bytes on the bundled model
 # make docs        brings the README's generated tables up to date
-# make bench       one decode step at 4K cached tokens, dense and ours, side by side
+# make bench       one decode step at 4K cached tokens, dense and ours, side by side (on a GPU: examples/bench/attention.py)
 # make clean       removes the environment and what builds and tests leave behind
 #
 # The first target that needs it makes .venv with $(PYTHON) and installs what constraints.txt pins, once. pip's own

@@ -1,11 +1,15 @@
 """What every test gets: one thread, a fixed seed, and no compiled code left over from the test before."""
 
 import logging
+import os
 import sys
 
 import pytest
 import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # for tests/kernels; Triton reads it when it is first imported, by any test
 
 torch.set_num_threads(1)  # the workers share the cores, and float sums keep one order
 settings.register_profile("sphkv", deadline=None)  # a first call may compile

@@ -76,6 +76,22 @@ def speed_table() -> str:
     return "\n".join(lines)
 
 
+def attention_table() -> str:
+    """The records of the attention bench on GPUs. Units: microseconds."""
+    head = ("card", "tier", "B", "L", "D", "dense us", "ours us", "times faster", "% of reading", "error")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for path in sorted(RECORDS.glob("bench/records/attention*.json")):
+        record = json.loads(path.read_text())
+        card = record["card"].split()[1]
+        for r in record["rows"]:
+            share = r["bytes"] / r["us"] / 1e4 / r["ceiling_tbps"]
+            if r["D"] == 128:
+                what = f"{card} | {r['tier']} | {r['B']} | {r['L']:,} | {r['D']}"
+                times = f"{r['dense_us']:.0f} | {r['us']:.1f} | **{r['speedup']:.2f}**"
+                lines.append(f"| {what} | {times} | {share:.0f} | {r['rel_err']:.1e} |")
+    return "\n".join(lines)
+
+
 def _bits(text: str) -> int | str:
     return int(text) if text.isdigit() else text
 
@@ -132,7 +148,11 @@ def geometry_table() -> str:
 
 PARTS: dict[str, Callable[[], str]] = {"idioms": idiom_table, "refusals": refusal_table, "metadata": metadata_table}
 """From the code alone."""
-MEASURED: dict[str, Callable[[], str]] = {"quality": quality_table, "speed": speed_table}
+MEASURED: dict[str, Callable[[], str]] = {
+    "quality": quality_table,
+    "speed": speed_table,
+    "attention": attention_table,
+}
 """From the records of evaluation and bench."""
 THEORY: dict[str, Callable[[], str]] = {"bounds": bounds_table, "geometry": geometry_table}
 """From the record of how tight the bounds are."""

@@ -1,7 +1,7 @@
 """The GPU's decode step in the interpreter: its twin of the decoding, its arithmetic and its counters.
 
 The state's specification is ``ops/append.py``, which writes the same tiled pages by other means; attention is held
-against float64 over what the cache decodes to.
+against float64 over what the cache decodes to. On a device tests/gpu runs the kernels in earnest.
 """
 
 import math

@@ -11,7 +11,7 @@ from sphkv_compile.runtime.ownership import Owner
 from sphkv_compile.runtime.pool import Pool, arena_bytes, page_bytes
 from sphkv_compile.spec import CacheSpec
 from sphkv_compile.storage.layout import Layout
-from sphkv_compile.storage.state import LENGTH, Geometry
+from sphkv_compile.storage.state import FAULT, FROZEN, LENGTH, Geometry
 from sphkv_compile.testing.oracle import attention, float32_bound, random_tokens
 
 LAYOUT = Layout.of(CacheSpec(bits=4, window=8, span=16, page=8), "half", 16)
@@ -126,3 +126,11 @@ def test_growing_keeps_what_is_held_bit_for_bit():
     coded = slice(0, 4 + 4 * 16)  # sinks and the four spans that had left the window
     after = dense(owner.state, LAYOUT, 90)
     assert all(torch.equal(a[:, :, coded], b[:, :, coded]) for a, b in zip(before, after))
+
+
+def test_a_row_that_a_device_could_not_write_is_an_error_at_the_next_plan():
+    owner = made(KeepAll())
+    owner.pool.plan(1)
+    owner.state.rows[1, FROZEN] = FAULT
+    with pytest.raises(RuntimeError, match=r"coded already.*cache\.crop"):
+        owner.pool.plan(1)
