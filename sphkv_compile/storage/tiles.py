@@ -79,13 +79,17 @@ def _shifts(step: int, like: Tensor) -> Tensor:
     return torch.arange(4, device=like.device) * step
 
 
+def _int32(word: Tensor) -> Tensor:
+    """The same 32 bits as a signed number, for the conversion."""
+    return torch.where(word >= 1 << 31, word - (1 << 32), word)
+
+
 def _put(parts: list[tuple[Tensor, int]]) -> Tensor:
     """Nibble by nibble: value times its place. Shapes: int64[..., 4] each -> int64[...]."""
     total = torch.zeros_like(parts[0][0][..., 0])
     for value, place in parts:
         total = total | (value << (_shifts(4, value) + place)).sum(-1)
-    # int64 to int32 without overflow
-    return torch.where(total >= 1 << 31, total - (1 << 32), total)
+    return _int32(total)
 
 
 def _take(word: Tensor, place: int, mask: int) -> Tensor:
@@ -100,7 +104,7 @@ def _words4(parts: tuple[Tensor, ...]) -> list[Tensor]:
         magnitude = torch.where(negative, 7 - code, code - 8)
         total = total | (magnitude << (_shifts(4, code) + 16 * plane)).sum(-1)
         total = total | (negative.long() << (_shifts(8, code) + (3 if plane else 7))).sum(-1)
-    return [torch.where(total >= 1 << 31, total - (1 << 32), total)]
+    return [_int32(total)]
 
 
 def _elements4(tiles: tuple[Tensor, ...]) -> list[Tensor]:
@@ -138,7 +142,7 @@ def _elements3(tiles: tuple[Tensor, ...]) -> list[Tensor]:
 
 def _words8(parts: tuple[Tensor, ...]) -> list[Tensor]:
     total = (parts[0] << _shifts(8, parts[0])).sum(-1)
-    return [torch.where(total >= 1 << 31, total - (1 << 32), total)]
+    return [_int32(total)]
 
 
 def _elements8(tiles: tuple[Tensor, ...]) -> list[Tensor]:

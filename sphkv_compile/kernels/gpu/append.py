@@ -10,10 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.core import constexpr
 
-from sphkv_compile.kernels.gpu.decode import hadamard, place
-
-FAULT = constexpr(2)
-"""Value of the FROZEN counter of a row whose codes were written into: only the host can undo a code."""
+from sphkv_compile.kernels.gpu.decode import FAULT, hadamard, place
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from triton.language.core import constexpr
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sphkv_compile.kernels.gpu.words import planes
+from sphkv_compile.storage import state
 
 LOG2E = 1.4426950408889634
 HEADS = 8
@@ -25,6 +26,7 @@ HEADS = 8
 # A hidden logit lies below the running maximum's start: its weight is zero even where nothing else was seen.
 EMPTY = constexpr(-1e29)
 HIDDEN = constexpr(-1e30)
+FAULT = constexpr(state.FAULT)
 
 
 @triton.jit
@@ -341,6 +343,6 @@ def combine(
     exact = tl.sum(tl.where(p < PARTS, 0.0, weight)[:, None] * part, 0) + own * v
     turned = tl.reshape(hadamard(tl.reshape(coded, (1, D)), 1, D), (D,)) * (D**-0.5) * tl.load(SIGNS + d)
     whole = tl.sum(weight, 0) + own
-    whole = tl.where(tl.load(ROWS + b * 5 + 4) == 2, float("nan"), whole)  # storage.state.FAULT
+    whole = tl.where(tl.load(ROWS + b * 5 + 4) == FAULT, float("nan"), whole)
     out = (exact + turned) / tl.maximum(whole, 1e-30)
     tl.store(OUT + (bh * G + g) * D + d, out.to(OUT.dtype.element_ty))

@@ -95,9 +95,7 @@ def attend(
     depends = _depends(device)
     qscale = (d**-0.5 if scale is None else scale) * LOG2E
     signs = _signs(layout, d, device)
-    where = pos if pos is not None else state.rows
-    shown = mask.view(torch.uint8) if mask is not None else state.rows
-    mask_row = mask.stride(0) if mask is not None and mask.shape[0] > 1 else 0
+    where, shown, mask_row = _inputs(state, pos, mask)
     numbers = start or 0, columns, qscale, q.stride(0), q.stride(1)
     flags = {
         "HAS_POS": pos is not None, "HAS_START": start is not None, "ROLLING": rolling, "MASKED": mask is not None,
@@ -143,9 +141,7 @@ def append(
     b, hq, _, d = q.shape
     h = k.shape[1]
     (tier,) = layout.tiers
-    where = pos if pos is not None else state.rows
-    shown = mask.view(torch.uint8) if mask is not None else state.rows
-    mask_row = mask.stride(0) if mask is not None and mask.shape[0] > 1 else 0
+    where, shown, mask_row = _inputs(state, pos, mask)
     flags = {
         "HAS_POS": pos is not None, "HAS_START": start is not None, "MASKED": mask is not None,
         "SPAN": layout.span, "SINK": layout.sink, "RING": layout.ring,
@@ -163,6 +159,12 @@ def append(
         num_warps=16 if d == 256 else 8, **flags,
     )  # fmt: skip
     appending.advance[(b,)](state.rows, where, shown, start or 0, mask_row, ROLLING=rolling, num_warps=1, **flags)
+
+
+def _inputs(state: State, pos: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor, int]:
+    """Position, mask and its stride over rows; what is not there is stood in for by a tensor that no kernel reads."""
+    shown = state.rows if mask is None else mask.view(torch.uint8)
+    return state.rows if pos is None else pos, shown, mask.stride(0) if mask is not None and mask.shape[0] > 1 else 0
 
 
 @lru_cache(None)
