@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from sphkv_compile.spec import Tier
 from sphkv_compile.storage.layout import UNIT, Layout
 from sphkv_compile.storage.state import Geometry, State, empty_state
 
-__all__ = ["append_in_window", "append_on_device", "attend", "attend_on_device", "checked_library", "packing"]
+__all__ = ["append_in_window", "attend", "checked_library", "on_device", "packing"]
 
 
 def packing(codec: str, tier: Tier, page: int, k_dim: int, v_dim: int, device: torch.device) -> str:
@@ -28,53 +29,15 @@ def packing(codec: str, tier: Tier, page: int, k_dim: int, v_dim: int, device: t
     return "tiles" if launch.layout_served(codec, tier, page, k_dim, v_dim) else "rows"
 
 
-def attend_on_device(
-    state: State,
-    layout: Layout,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos: Tensor | None,
-    start: int | None,
-    columns: int,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    rolling: bool,
-) -> Tensor | None:
-    """The decode step on a GPU, which never waits for the device; None for any other call.
-
-    Shapes: as :func:`attend`; ``pos`` int64[1] or ``start`` say where the new token is written.
-    """
+def on_device(
+    layout: Layout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool = False
+) -> ModuleType | None:
+    """The GPU's ``attend`` and ``append``, which never wait for the device, if they serve such a step; else None."""
     if not layout.tiled or q.device.type != "cuda":
         return None
     from sphkv_compile.kernels.gpu import launch
 
-    if not launch.call_served(layout, q, k, v, mask, is_causal):
-        return None
-    return launch.attend(state, layout, q, k, v, pos, start, columns, mask, scale, rolling)
-
-
-def append_on_device(
-    state: State,
-    layout: Layout,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos: Tensor | None,
-    start: int | None,
-    mask: Tensor | None,
-    rolling: bool,
-) -> bool:
-    """The append of a decode step on a GPU, which never waits for the device; False for any other."""
-    if not layout.tiled or q.device.type != "cuda":
-        return False
-    from sphkv_compile.kernels.gpu import launch
-
-    if not launch.call_served(layout, q, k, v, mask, False):
-        return False
-    launch.append(state, layout, q, k, v, pos, start, mask, rolling)
-    return True
+    return launch if launch.call_served(layout, q, k, v, mask, is_causal) else None
 
 
 def attend(

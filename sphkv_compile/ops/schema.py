@@ -80,9 +80,8 @@ def _attend(*args):
     form = Layout.parse(layout)
     if mask is not None and mask.shape[3] == 1 < columns:
         mask = mask.expand(-1, -1, -1, columns)
-    out = decode.attend_on_device(state, form, q, k, v, pos, start, columns, mask, is_causal, scale, rolling)
-    if out is not None:
-        return out
+    if (fused := decode.on_device(form, q, k, v, mask, is_causal)) is not None:
+        return fused.attend(state, form, q, k, v, pos, start, columns, mask, scale, rolling)
     first, base = _place(state, pos, start, k.shape[2], columns, rolling)
     return decode.attend(state, form, q, k, v, first, base, columns, mask, is_causal, scale)
 
@@ -93,8 +92,8 @@ def _append(*args):
     form = Layout.parse(layout)
     if decode.append_in_window(state, form, q, k, v, pos, start, rolling):
         return
-    if decode.append_on_device(state, form, q, k, v, pos, start, mask, rolling):
-        return
+    if (fused := decode.on_device(form, q, k, v, mask)) is not None:
+        return fused.append(state, form, q, k, v, pos, start, mask, rolling)
     first, base = _place(state, pos, start, k.shape[2], None, rolling)
     starts = real_starts(mask, first, base, k.shape[2], k.shape[0])
     append_state(state, form, q, k, v, first, starts)

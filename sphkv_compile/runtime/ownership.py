@@ -25,7 +25,7 @@ from sphkv_compile.ops.append import append
 from sphkv_compile.ops.read import dense
 from sphkv_compile.runtime.pool import CHANGES, Pool, reserve
 from sphkv_compile.storage.layout import Layout
-from sphkv_compile.storage.state import BASE, LENGTH, SPANS, START, Geometry, empty_state
+from sphkv_compile.storage.state import BASE, FAULT, FROZEN, LENGTH, SPANS, START, Geometry, empty_state
 
 LOCK = threading.RLock()
 _plain = torch._C.DisableTorchFunctionSubclass
@@ -132,6 +132,8 @@ class Owner:
                 return
             self.holds_codes, self.exports, self.last_export = False, self.exports + 1, why
             CHANGES[0] += 1
+            frozen = self.state.rows[:, FROZEN]
+            frozen.masked_fill_(frozen == FAULT, 1)  # what a faulty row holds is sound, and goes to eager code
             k, v = self.k_ref(), self.v_ref()
             columns = next((t.shape[2] for t in (k, v) if t is not None), 0)
             for t, content in zip((k, v), dense(self.state, self.layout, columns)):

@@ -17,7 +17,8 @@ START, LENGTH, SPANS, BASE, FROZEN = range(5)
 
 FAULT = 2
 """Value of FROZEN in a row whose codes a GPU's step was told to write into: only the host can undo a code. The row's
-attention gives not-a-number from then on, and the next plan or report raises."""
+attention gives not-a-number from then on, nothing more is written, and the next plan raises; eager code that reads the
+cache finds it as it was before."""
 
 HIDDEN = -1e4
 """An additive mask hides at and below this: exp(-1e4) is zero. Models write -inf, the least float, -1e9 or -1e4."""

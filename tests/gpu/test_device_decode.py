@@ -88,3 +88,13 @@ def test_assembly_and_twin_decode_every_word_alike(bits, dim):
     assert torch.equal(twin.cpu(), expected)
     if torch.cuda.get_device_capability() >= (8, 9):
         assert torch.equal(dumped(packed, bits, dim, words.assembly(bits)), twin)
+
+
+def test_a_write_into_codes_gives_not_a_number():
+    """On the device a maximum swallows not-a-number, in the interpreter it does not."""
+    from sphkv_compile.kernels.gpu import launch
+
+    state, layout, new, columns = filled("K4V4", 64, torch.float32)
+    launch.append(state, layout, *new, torch.tensor([200], device="cuda"), None, None, False)
+    out = launch.attend(state, layout, *new, torch.tensor([201], device="cuda"), None, columns, None, None, False)
+    assert bool(out.isnan().all())

@@ -24,20 +24,22 @@ def run(kind, family="llama", mode=None, fused=True, bits=4, monkeypatch=None):
     cache = kind(config=model.config, **({"max_cache_len": CAPACITY} if kind is StaticCache else {}))
     calls = []
     if monkeypatch is not None:
-        attend = decode.attend_on_device
-        monkeypatch.setattr(
-            decode, "attend_on_device", lambda *a: calls.append(attend(*a)) or calls[-1] if fused else None
-        )
-        if not fused:
-            monkeypatch.setattr(decode, "append_on_device", lambda *a: False)
+        served = decode.on_device
+
+        def watched(*args):
+            calls.append(served(*args))
+            return calls[-1]
+
+        monkeypatch.setattr(decode, "on_device", watched if fused else lambda *args: None)
     out = []
     with torch.no_grad():
         model(ids[:, :PROMPT], **{keyword: cache})
         for t in range(PROMPT, PROMPT + STEPS):
             out.append(step(ids[:, t : t + 1], **{keyword: cache}).logits[:, -1].clone())
-    if monkeypatch is not None and fused:
-        assert len(calls) == 2 * STEPS and all(x is not None for x in calls), "the portable path served"
+    if monkeypatch is not None:
         monkeypatch.undo()
+    if calls:
+        assert len(calls) == 2 * 2 * STEPS and all(x is not None for x in calls), "the portable path served"
     report = sphkv_compile.report(cache)
     assert report.matched == 2 and report.encoded_tokens == 2 * 2 * 384
     return torch.stack(out).float()

@@ -1,4 +1,4 @@
-"""On a device without kernels of ours yet, the portable path must still be right."""
+"""What the fused step does not serve on a device, the portable path must do right: here pages of 16 tokens."""
 
 import pytest
 import torch

@@ -134,3 +134,5 @@ def test_a_row_that_a_device_could_not_write_is_an_error_at_the_next_plan():
     owner.state.rows[1, FROZEN] = FAULT
     with pytest.raises(RuntimeError, match=r"coded already.*cache\.crop"):
         owner.pool.plan(1)
+    owner.export("eager code reads it")
+    assert owner.state.rows[1, FROZEN] == 1  # what it holds is sound, and may be taken over again

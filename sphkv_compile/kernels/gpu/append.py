@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.core import constexpr
 
-from sphkv_compile.kernels.gpu.decode import FAULT, hadamard, place
+from sphkv_compile.kernels.gpu.decode import BASE, FAULT, FROZEN, LENGTH, SPANS, START, WIDTH, hadamard, place
 
 
 @triton.jit
@@ -179,9 +179,10 @@ def standing(
     HAS_POS: constexpr, HAS_START: constexpr, MASKED: constexpr, SINK: constexpr, WINDOW: constexpr, SPAN: constexpr,
 ):  # fmt: skip
     """Row ``b`` before and after the token: first real position, coded spans before and after, the token's position,
-    whether it begins the row anew, whether it reaches into codes."""
+    whether it begins the row anew, whether it reaches into codes, or an earlier one did."""
     _, spans, first, base, held = place(ROWS, POS, b, start, HAS_POS, HAS_START, False, SINK)
-    begin = tl.load(ROWS + b * 5).to(tl.int32)
+    begin = tl.load(ROWS + b * WIDTH + START).to(tl.int32)
+    faulty = tl.load(ROWS + b * WIDTH + FROZEN) == FAULT
     anew = (begin < 0) | (first <= begin)
     if anew:
         real = first >= 0
@@ -189,7 +190,7 @@ def standing(
             real = tl.load(MASK + b * mask_row + first - base) != 0
         begin = tl.where(real, first, -1)
         spans = spans * 0
-    fault = (begin >= 0) & (first < begin + SINK + spans * SPAN) & (spans > 0)
+    fault = ((begin >= 0) & (first < begin + SINK + spans * SPAN) & (spans > 0)) | (faulty & ~anew)
     coded = tl.maximum(spans, (first + 1 - begin - SINK - WINDOW) // SPAN)
     coded = tl.where((begin < 0) | fault, spans, coded)
     return begin, spans, coded, first, base, anew, fault
@@ -213,7 +214,7 @@ def append(
     begin, spans, coded, first, _, anew, fault = standing(
         ROWS, POS, MASK, b, start, mask_row, HAS_POS, HAS_START, MASKED, SINK, WINDOW, SPAN
     )
-    frozen = tl.load(ROWS + b * 5 + 4) > 0
+    frozen = tl.load(ROWS + b * WIDTH + FROZEN) > 0
     d = tl.arange(0, D)
     moments = MOMENTS + bh * (D + 1)
     if anew:
@@ -267,12 +268,15 @@ def advance(
     begin, spans, coded, first, base, anew, fault = standing(
         ROWS, POS, MASK, b, start, mask_row, HAS_POS, HAS_START, MASKED, SINK, RING - SPAN, SPAN
     )
-    frozen = tl.load(ROWS + b * 5 + 4)
-    if anew:
-        frozen = frozen * 0
-    row = ROWS + b * 5
-    tl.store(row, begin)
-    tl.store(row + 1, first + 1)
-    tl.store(row + 2, coded)
-    tl.store(row + 3, base + 1 if ROLLING else base)
-    tl.store(row + 4, tl.where(fault, FAULT, tl.where(coded > spans, 1, frozen)))
+    row = ROWS + b * WIDTH
+    if fault:  # the row stays as it was, and says so
+        tl.store(row + FROZEN, FAULT)
+    else:
+        frozen = tl.load(row + FROZEN)
+        if anew:
+            frozen = frozen * 0
+        tl.store(row + START, begin)
+        tl.store(row + LENGTH, first + 1)
+        tl.store(row + SPANS, coded)
+        tl.store(row + BASE, base + 1 if ROLLING else base)
+        tl.store(row + FROZEN, tl.where(coded > spans, 1, frozen))

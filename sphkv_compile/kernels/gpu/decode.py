@@ -27,6 +27,9 @@ HEADS = 8
 EMPTY = constexpr(-1e29)
 HIDDEN = constexpr(-1e30)
 FAULT = constexpr(state.FAULT)
+WIDTH = constexpr(5)  # of a row of counters
+START, LENGTH, SPANS = constexpr(state.START), constexpr(state.LENGTH), constexpr(state.SPANS)
+BASE, FROZEN = constexpr(state.BASE), constexpr(state.FROZEN)
 
 
 @triton.jit
@@ -43,12 +46,11 @@ def hadamard(x, ROWS: constexpr, D: constexpr):
 def place(ROWS, POS, b, start, HAS_POS: constexpr, HAS_START: constexpr, ROLLING: constexpr, SINK: constexpr):
     """Where row ``b`` stands: position of its span 0, coded spans, first new position, position of column 0; whether it
     holds a token."""
-    row = ROWS + b * 5
-    begin = tl.load(row).to(tl.int32)
-    length = tl.load(row + 1).to(tl.int32)
-    spans = tl.load(row + 2).to(tl.int32)
-    base = tl.load(row + 3).to(tl.int32)
-    first = length
+    row = ROWS + b * WIDTH
+    begin = tl.load(row + START).to(tl.int32)
+    spans = tl.load(row + SPANS).to(tl.int32)
+    base = tl.load(row + BASE).to(tl.int32)
+    first = tl.load(row + LENGTH).to(tl.int32)
     if HAS_POS:
         first = base + tl.load(POS).to(tl.int32)
     elif HAS_START:
@@ -212,9 +214,10 @@ def coded_part(
                 ahead = ahead % NP
             unit_ahead = tl.load(TABLE + ahead)
             bias_ahead = tl.load(BIAS + ahead // PER_SPAN * N + g)
-            at = unit.to(tl.int64) * 64
-            k = planes(BYTES + at, WORDS + unit.to(tl.int64) * 16, KB, 2 * DQ, KASM, KTABLE)
-            meta = WORDS + unit.to(tl.int64) * 16 + (KBYTES + VBYTES) // 4
+            at = BYTES + unit.to(tl.int64) * 64
+            word = WORDS + unit.to(tl.int64) * 16
+            k = planes(at, word, KB, 2 * DQ, KASM, KTABLE)
+            meta = word + (KBYTES + VBYTES) // 4
             meta0 = tl.load(meta + i)
             meta1 = tl.load(meta + 32 + i)
             x0 = tl.zeros([32, N], tl.float32)
@@ -244,7 +247,7 @@ def coded_part(
             total = total * shrink[None, :] + (x0 + x1)
             p0 = (x0 * high_half(meta0)[:, None]).to(tl.float16)
             p1 = (x1 * high_half(meta1)[:, None]).to(tl.float16)
-            v = planes(BYTES + (at + KBYTES), WORDS + unit.to(tl.int64) * 16 + KBYTES // 4, VB, 2 * DQ, VASM, VTABLE)
+            v = planes(at + KBYTES, word + KBYTES // 4, VB, 2 * DQ, VASM, VTABLE)
             grown = ()
             for j in tl.static_range(DQ):
                 grown = grown + (tl.dot(v[DQ + j], p1, tl.dot(v[j], p0, acc[j] * shrink[None, :])),)
@@ -342,7 +345,6 @@ def combine(
     coded = tl.sum(tl.where(p < PARTS, weight, 0.0)[:, None] * part, 0)
     exact = tl.sum(tl.where(p < PARTS, 0.0, weight)[:, None] * part, 0) + own * v
     turned = tl.reshape(hadamard(tl.reshape(coded, (1, D)), 1, D), (D,)) * (D**-0.5) * tl.load(SIGNS + d)
-    whole = tl.sum(weight, 0) + own
-    whole = tl.where(tl.load(ROWS + b * 5 + 4) == FAULT, float("nan"), whole)
-    out = (exact + turned) / tl.maximum(whole, 1e-30)
+    out = (exact + turned) / tl.maximum(tl.sum(weight, 0) + own, 1e-30)
+    out = tl.where(tl.load(ROWS + b * WIDTH + FROZEN) == FAULT, float("nan"), out)
     tl.store(OUT + (bh * G + g) * D + d, out.to(OUT.dtype.element_ty))

@@ -121,9 +121,6 @@ def _assembly3() -> list[str]:
     return lines + pair(12)
 
 
-H = tl.float16
-
-
 @triton.jit
 def _assembly_planes(at, BITS: constexpr, ASM: constexpr):
     """Planes of one group of tiles, by inline assembly: 4 bytes of a row are one word in the register that it reads."""
@@ -133,31 +130,17 @@ def _assembly_planes(at, BITS: constexpr, ASM: constexpr):
         )
     elif BITS == 2:
         out = tl.inline_asm_elementwise(
-            ASM,
-            "=r,=r,=r,=r,=r,=r,=r,=r,r",
-            [tl.load(at)],
-            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
-            is_pure=True,
-            pack=4,
-        )
+            ASM, "=r,=r,=r,=r,=r,=r,=r,=r,r", [tl.load(at)],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=4,
+        )  # fmt: skip
     else:
         out = tl.inline_asm_elementwise(
-            ASM,
-            "=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,r,r,r",
+            ASM, "=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,r,r,r",
             [tl.load(at), tl.load(at + 1024), tl.load(at + 2048)],
             dtype=(
-                tl.float16,
-                tl.float16,
-                tl.float16,
-                tl.float16,
-                tl.float16,
-                tl.float16,
-                tl.float16,
-                tl.float16,
-            ),
-            is_pure=True,
-            pack=4,
-        )
+                tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16,
+            ), is_pure=True, pack=4,
+        )  # fmt: skip
     return out
 
 
