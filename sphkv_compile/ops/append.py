@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sphkv_compile.codecs.scales import pair_scale
-from sphkv_compile.ops.pages import encode_span, write_pages
+from sphkv_compile.ops.pages import as_bytes, encode_span, write_pages
 from sphkv_compile.ops.read import decode_span
 from sphkv_compile.storage.layout import Layout
 from sphkv_compile.storage.state import BASE, FROZEN, HIDDEN, LENGTH, SPANS, START, State
@@ -73,6 +73,7 @@ def append(state: State, layout: Layout, q: Tensor | None, k: Tensor, v: Tensor,
             state.moments[b].zero_()
             state.energy[b].zero_()
             state.positions[b].fill_(-1)
+            state.held[b].zero_()
         groups.setdefault((row[START], row[SPANS], row[FROZEN]), []).append(b)
     end = first + k.shape[2]
     for (start, spans, frozen), members in groups.items():
@@ -185,27 +186,43 @@ def _encode(state: State, layout: Layout, rows: _Rows, k: Tensor, v: Tensor, spa
     total = state.anchors.shape[2]
     slots = (torch.arange(spans, coded, device=k.device)) % total
     keep = slots.numel() - min(new, total)  # a rolling window longer than one lap: the older spans are out of sight
-    place = (
-        slots[keep:].unsqueeze(-1) * layout.pages_per_span + torch.arange(layout.pages_per_span, device=k.device)
-    ).flatten()
-    at = members.view(-1, 1, 1), torch.arange(h, device=k.device).view(1, -1, 1), place
+    batch, head = members.view(-1, 1, 1), torch.arange(h, device=k.device).view(1, -1, 1)
+    at = batch, head, _pages_of(state, layout, members, slots[keep:])
     offsets = state.table[at]
     if bool((offsets < 0).any()):
         raise RuntimeError(
             "sphkv: no page is reserved for a span that leaves the window; the plan of this step was skipped"
         )
-    write_pages(state, layout, tier, offsets, type(pages)(*(part[:, :, keep:].flatten(2, 3) for part in pages)))
     origin = rows.start + layout.sink
     tokens = torch.arange(
         origin + spans * layout.span, origin + coded * layout.span, dtype=torch.int32, device=k.device
     )
-    state.positions[at] = tokens[keep * layout.span :].view(1, 1, -1, layout.page)
+    tokens = tokens[keep * layout.span :].view(-1, layout.page)
+    pages = type(pages)(*(part[:, :, keep:].flatten(2, 3) for part in pages))
+    if layout.kept:
+        pages = pages._replace(position=as_bytes(tokens.unsqueeze(-1)).expand(b, h, -1, -1, -1))
+        state.held[members, :, 0] += offsets.shape[2]
+    else:
+        state.positions[at] = tokens
+    write_pages(state, layout, tier, offsets, pages)
     state.tiers[at] = 0
     if keys is not None:
-        at = (*at[:2], slots[keep:])
+        at = batch, head, slots[keep:]
         state.anchors[at] = keys.anchor[:, :, keep:]
         state.span_scales[at] = torch.stack([keys.anchor_scale, keys.top], -1)[:, :, keep:].to(torch.bfloat16)
     return 1
+
+
+def _pages_of(state: State, layout: Layout, members: Tensor, slots: Tensor) -> Tensor:
+    """Places in the table for the pages of new spans: a span's own, or behind all that a row and head keeps.
+
+    Shapes: ``slots`` int64[n] of the spans -> int64[1 or members, 1 or H, n * pages_per_span].
+    """
+    count = slots.numel() * layout.pages_per_span
+    if layout.kept:
+        return state.held[members].sum(-1, keepdim=True) + torch.arange(count, device=slots.device)
+    first = slots.unsqueeze(-1) * layout.pages_per_span
+    return (first + torch.arange(layout.pages_per_span, device=slots.device)).view(1, 1, count)
 
 
 def _learn(state: State, layout: Layout, rows: _Rows, k: Tensor) -> Tensor:
@@ -223,6 +240,12 @@ def _reopen(state: State, layout: Layout, rows: _Rows, first: int) -> int:
     """A write at ``first`` reached into coded spans: the spans before it stay, and of the one it cuts the older part
     returns to the window, decoded. This is the one place where a code can be made from a decoded value."""
     begin = rows.start + layout.sink
+    if layout.kept:
+        raise RuntimeError(
+            f"sphkv: a write at position {first} reaches behind the window, which begins at "
+            f"{begin + rows.spans * layout.span}, of a cache that drops tokens: they cannot come back. Crop within the "
+            "window, or begin the row anew."
+        )
     spans = max(0, (first - begin) // layout.span)
     at = begin + spans * layout.span
     if first > at:

@@ -17,7 +17,7 @@ from sphkv_compile.codecs.axis_cosine import AxisCosine
 from sphkv_compile.codecs.keys import rotate_query
 from sphkv_compile.codecs.rotation import unrotate
 from sphkv_compile.ops.append import visible
-from sphkv_compile.ops.pages import radii, read_pages, span_slots
+from sphkv_compile.ops.pages import radii, read_pages, span_slots, with_positions
 from sphkv_compile.ops.read import exact_positions
 from sphkv_compile.spec import PASSTHROUGH, Tier
 from sphkv_compile.storage.layout import Layout
@@ -129,6 +129,7 @@ def attend(
     h = k.shape[1]
     scale = 1 / math.sqrt(d) if scale is None else scale
     _refuse_dropped(state, first, base, k.shape[2], mask)
+    state = with_positions(state, layout)
     pieces = []
     for offset in range(0, count, QUERIES):
         part = q[:, :, offset : offset + QUERIES].float() * scale
@@ -161,7 +162,11 @@ def _add_pages(softmax: Softmax, call: Call, state: State, layout: Layout, first
     )
     anchors = state.anchors.float() * state.span_scales[..., :1].float()
     bias = turned @ anchors.mT  # [B, H, G*T, N]: q'.a' of every span, once
-    used = min(state.table.shape[2], int(state.rows[:, SPANS].max()) * layout.pages_per_span)
+    used = (
+        int((state.positions >= 0).any(-1).sum(-1).max())
+        if layout.kept
+        else min(state.table.shape[2], int(state.rows[:, SPANS].max()) * layout.pages_per_span)
+    )
     for at in range(0, used, PAGES):
         pages = slice(at, min(used, at + PAGES))
         positions = state.positions[:, :, pages]

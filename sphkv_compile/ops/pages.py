@@ -24,6 +24,7 @@ class Pages(NamedTuple):
     radius: Tensor
     v_scale: Tensor
     anchor: Tensor
+    position: Tensor
 
 
 def _units(offsets: Tensor, count: int) -> Tensor:
@@ -73,13 +74,14 @@ def _to_tiles(pages: Pages, tier: Tier, k_dim: int, v_dim: int) -> Pages:
     if tier.v_bits != PASSTHROUGH:
         v = tiles.pack_values(unpack(v, v_dim, tier.v_bits), tier.v_bits).unsqueeze(-1)
     both = torch.cat([pages.radius, pages.v_scale], -1)
-    return Pages(k, v, both, both[..., :0], pages.anchor)
+    return pages._replace(k=k, v=v, radius=both, v_scale=both[..., :0])
 
 
 def _from_tiles(raw: Tensor, page: int, tier: Tier, fields: PageFields, k_dim: int, v_dim: int) -> Pages:
     """The inverse, from whole pages. Shapes: ``raw`` uint8[..., bytes of a page]."""
     beside = fields.radius + fields.v_scale
-    k, v, both = raw[..., : fields.total * page].split([fields.k * page, fields.v * page, beside * page], -1)
+    widths = fields.k, fields.v, beside, fields.position
+    k, v, both, position = raw[..., : fields.total * page].split([width * page for width in widths], -1)
     if tier.k_bits == PASSTHROUGH:
         k = k.unflatten(-1, (page, -1))
     else:
@@ -90,12 +92,29 @@ def _from_tiles(raw: Tensor, page: int, tier: Tier, fields: PageFields, k_dim: i
         v = pack(tiles.unpack_values(v, v_dim, tier.v_bits), tier.v_bits)
     both = both.reshape(*both.shape[:-1], page, beside)
     radius, v_scale = both.split([fields.radius, fields.v_scale], -1)
-    return Pages(k, v, radius, v_scale, radius[..., :0])
+    return Pages(k, v, radius, v_scale, radius[..., :0], position.unflatten(-1, (page, -1)))
 
 
 def as_bytes(x: Tensor) -> Tensor:
     """``x``[..., D] as uint8[..., D * itemsize]."""
     return x.contiguous().view(torch.uint8)
+
+
+def with_positions(state: State, layout: Layout) -> State:
+    """The state with every slot's position in ``positions``, also where pages hold them: what the portable code reads.
+
+    The copy is scratch: it takes four bytes for each slot of the tables.
+    """
+    if not layout.kept:
+        return state
+    place = torch.arange(state.table.shape[2], device=state.table.device)
+    positions = torch.full((*state.table.shape, layout.page), -1, dtype=torch.int32, device=state.table.device)
+    in_use = place < state.held.sum(-1, keepdim=True)
+    for index, tier in enumerate(layout.tiers):
+        here = (in_use & (state.tiers == index)).unsqueeze(-1)
+        found = read_pages(state, layout, tier, state.table).position.contiguous().view(torch.int32).squeeze(-1)
+        positions = torch.where(here, found, positions)
+    return state._replace(positions=positions)
 
 
 def encode_span(k: Tensor, v: Tensor, pair_scale: Tensor, layout: Layout, tier: Tier) -> tuple[Pages, KeySpan | None]:
@@ -123,7 +142,8 @@ def encode_span(k: Tensor, v: Tensor, pair_scale: Tensor, layout: Layout, tier: 
         v_field, scale = encode_values(v.float(), layout.rotation(v.shape[-1], v.device), tier.v_bits)
         v_scale = as_bytes(scale.unsqueeze(-1))
     parts = (
-        part.unflatten(-2, (layout.pages_per_span, layout.page)) for part in (k_field, v_field, radius, v_scale, anchor)
+        part.unflatten(-2, (layout.pages_per_span, layout.page))
+        for part in (k_field, v_field, radius, v_scale, anchor, none)
     )
     return Pages(*parts), coded
 

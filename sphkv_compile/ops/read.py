@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sphkv_compile.codecs.keys import KeySpan, decode_keys
 from sphkv_compile.codecs.values import decode_values
-from sphkv_compile.ops.pages import Pages, read_pages, span_slots
+from sphkv_compile.ops.pages import Pages, read_pages, span_slots, with_positions
 from sphkv_compile.spec import PASSTHROUGH, Tier
 from sphkv_compile.storage.layout import Layout
 from sphkv_compile.storage.state import BASE, START, State
@@ -85,6 +85,7 @@ def dense(
     """
     base = int(state.rows[0, BASE]) if base is None else base
     batch, heads = state.table.shape[:2]
+    state = with_positions(state, layout)
     k_out = state.exact_k.new_zeros(batch, heads, columns, state.exact_k.shape[-1])
     v_out = state.exact_v.new_zeros(batch, heads, columns, state.exact_v.shape[-1])
     for row, (start, length, spans, _, _) in enumerate(state.rows.tolist()):

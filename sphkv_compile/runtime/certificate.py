@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sphkv_compile.codecs.codebook import mse
-from sphkv_compile.ops.pages import radii, read_pages, span_slots
+from sphkv_compile.ops.pages import radii, read_pages, span_slots, with_positions
 from sphkv_compile.spec import PASSTHROUGH
 from sphkv_compile.storage.layout import Layout
 from sphkv_compile.storage.state import START, State
@@ -48,7 +48,7 @@ class Certificate:
 
 def certificate(state: State, layout: Layout, scale: float | None) -> list[Certificate]:
     """One certificate per row and head whose keys are coded and whose queries were seen; else none."""
-    tier = layout.tiers[0]
+    tier, state = layout.tiers[0], with_positions(state, layout)
     held = state.positions >= 0
     d = state.exact_k.shape[-1]
     total, seen = state.energy.unbind(-1)

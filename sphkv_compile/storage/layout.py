@@ -29,7 +29,9 @@ class Layout:
         rotary_dim: dimensions that rotate; the rest pass through.
         packing: order of a page's code bits: ``rows``, a token after the other, or ``tiles``
             (:mod:`sphkv_compile.storage.tiles`), in which radius and value scale are float16 and stand side by side.
-        rolling: a sliding window whose columns shift by one at each write.
+        kept: pages of the tokens that were kept, at any of the tiers: each page says which tokens it holds, and a row
+            and kv head's pages stand in its table by tier, the narrowest first. Without it a page holds the tokens
+            that its place in the table says, all at one tier.
 
     Units: ``sink``, ``window``, ``span``, ``page`` in tokens.
     """
@@ -44,6 +46,7 @@ class Layout:
     rope: str = "none"
     rotary_dim: int = 0
     packing: str = "rows"
+    kept: bool = False
 
     @classmethod
     def of(cls, spec: CacheSpec, rope: str = "none", rotary_dim: int = 0, packing: str = "rows") -> Layout:
@@ -57,7 +60,9 @@ class Layout:
         menu = "/".join(map(str, self.tiers))
         return (
             f"{self.codec} {menu} sink={self.sink} window={self.window} span={self.span} page={self.page} "
-            f"seed={self.seed} rope={self.rope}:{self.rotary_dim}" + (f" packing={self.packing}" if self.tiled else "")
+            f"seed={self.seed} rope={self.rope}:{self.rotary_dim}"
+            + (f" packing={self.packing}" if self.tiled else "")
+            + (" kept=1" if self.kept else "")
         )
 
     @property
@@ -74,9 +79,10 @@ class Layout:
         values = dict(field.split("=") for field in fields)
         rope, rotary_dim = values.pop("rope").split(":")
         packing = values.pop("packing", "rows")
+        kept = bool(values.pop("kept", False))
         numbers = {name: int(value) for name, value in values.items()}
         tiers = tuple(map(Tier.parse, menu.split("/")))
-        return cls(codec, tiers, rope=rope, rotary_dim=int(rotary_dim), packing=packing, **numbers)
+        return cls(codec, tiers, rope=rope, rotary_dim=int(rotary_dim), packing=packing, kept=kept, **numbers)
 
     @property
     def tiled(self) -> bool:
@@ -129,10 +135,11 @@ class PageFields:
     radius: int
     v_scale: int
     anchor: int
+    position: int
 
     @property
     def widths(self) -> tuple[int, ...]:
-        return self.k, self.v, self.radius, self.v_scale, self.anchor
+        return self.k, self.v, self.radius, self.v_scale, self.anchor, self.position
 
     @property
     def total(self) -> int:
@@ -141,7 +148,7 @@ class PageFields:
     @property
     def metadata(self) -> int:
         """Bytes per token that are not codes."""
-        return self.radius + self.v_scale + self.anchor
+        return self.radius + self.v_scale + self.anchor + self.position
 
 
 @lru_cache(None)
@@ -152,7 +159,8 @@ def _fields(layout: Layout, tier: Tier, k_dim: int, v_dim: int, itemsize: tuple[
         v=v_dim * itemsize[1] if exact_v else v_dim * tier.v_bits // 8,
         radius=0 if exact_k else 2 if tier.k_bits == 8 or layout.tiled else 1,
         v_scale=0 if exact_v else 2,
-        anchor=0 if exact_k or layout.tiled else 1,
+        anchor=0 if exact_k or layout.tiled or layout.kept else 1,
+        position=4 if layout.kept else 0,
     )
 
 

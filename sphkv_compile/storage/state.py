@@ -32,7 +32,9 @@ class State(NamedTuple):
     * ``arena`` uint8[bytes]: pages of every site of the cache.
     * ``table`` int32[B, H, P]: a page's offset in the arena, in units of 64 bytes; -1 where none is reserved.
     * ``tiers`` uint8[B, H, P]: a page's tier, an index into the layout's menu.
-    * ``positions`` int32[B, H, P, page]: the position that each slot holds; -1 where none.
+    * ``positions`` int32[B, H, P, page]: the position that each slot holds; -1 where none. Pages of kept tokens hold
+      their positions themselves, and this is empty: P is 0.
+    * ``held`` int32[B, H, tiers]: pages in use by tier, where pages are of kept tokens; else tiers is 0.
     * ``anchors`` int8[B, H, N, D]: each span's mean key, rotated and scaled.
     * ``span_scales`` bfloat16[B, H, N, 2]: of the anchor row, and of the span's radii.
     * ``exact_k`` / ``exact_v`` model dtype[B, H, sink + R, D]: sinks, then the window ring (position p at p mod R).
@@ -47,6 +49,7 @@ class State(NamedTuple):
     table: Tensor
     tiers: Tensor
     positions: Tensor
+    held: Tensor
     anchors: Tensor
     span_scales: Tensor
     exact_k: Tensor
@@ -65,7 +68,7 @@ class State(NamedTuple):
     @property
     def table_bytes(self) -> int:
         """Bytes beside the pages that grow with the capacity: tables, positions, anchors."""
-        grown = (self.table, self.tiers, self.positions, self.anchors, self.span_scales)
+        grown = (self.table, self.tiers, self.positions, self.held, self.anchors, self.span_scales)
         return sum(t.numel() * t.element_size() for t in grown)
 
 
@@ -115,7 +118,8 @@ def empty_state(layout: Layout, g: Geometry, arena: Tensor) -> State:
         arena=arena,
         table=make(pages, dtype=torch.int32, fill=-1),
         tiers=make(pages, dtype=torch.uint8),
-        positions=make(pages, layout.page, dtype=torch.int32, fill=-1),
+        positions=make(0 if layout.kept else pages, layout.page, dtype=torch.int32, fill=-1),
+        held=make(len(layout.tiers) if layout.kept else 0, dtype=torch.int32),
         anchors=make(spans, g.k_dim, dtype=torch.int8),
         span_scales=make(spans, 2, dtype=torch.bfloat16),
         exact_k=make(slots, g.k_dim, dtype=g.k_dtype),

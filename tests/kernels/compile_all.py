@@ -29,7 +29,7 @@ TYPES = {
     torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
-CONFIGURATIONS = [  # tier, head_dim, dtype, masked, rolling
+CONFIGURATIONS = [  # tier or menu of kept tokens, head_dim, dtype, masked, rolling
     ("K4V4", 128, torch.bfloat16, True, False),
     ("K4V4", 128, torch.bfloat16, False, False),
     ("K4V2", 128, torch.float16, False, False),
@@ -39,6 +39,8 @@ CONFIGURATIONS = [  # tier, head_dim, dtype, masked, rolling
     ("K4V4", 64, torch.float32, True, False),
     ("K4V2", 64, torch.bfloat16, True, True),
     ("K4V4", 256, torch.bfloat16, True, True),
+    ("K4V4/K4V2", 128, torch.bfloat16, True, False),
+    ("K4V4/K4V2", 128, torch.bfloat16, False, False),
 ]
 
 
@@ -54,7 +56,8 @@ class Recorder:
 
 def launches(capability, tier, dim, dtype, masked, rolling):
     """What one decode step launches, on tensors that hold nothing."""
-    layout = Layout("axis_cosine", (Tier.parse(tier),), 4, 128, 128, 64, 0, "half", dim, "tiles")
+    menu = tuple(map(Tier.parse, tier.split("/")))
+    layout = Layout("axis_cosine", menu, 4, 128, 128, 64, 0, "half", dim, "tiles", kept=len(menu) > 1)
     geometry = Geometry(1, 8, 4096, dim, dim, dtype, dtype, rolling)
     state, calls = empty_state(layout, geometry, torch.zeros(1 << 16, dtype=torch.uint8)), []
     for module, names in ((launch, ("prepare", "decode", "combine")), (appending, ("append", "advance"))):

@@ -11,7 +11,9 @@ import torch
 
 from sphkv_compile.codecs.codebook import levels
 from sphkv_compile.kernels.gpu import launch, words
+from sphkv_compile.ops import attend as blockwise
 from sphkv_compile.ops.append import append
+from sphkv_compile.ops.pages import with_positions
 from sphkv_compile.ops.read import dense
 from sphkv_compile.spec import Tier
 from sphkv_compile.storage import tiles
@@ -19,6 +21,7 @@ from sphkv_compile.storage.layout import UNIT, Layout
 from sphkv_compile.storage.state import BASE, FAULT, FROZEN, LENGTH, SPANS, START, Geometry, State, empty_state
 from sphkv_compile.testing.oracle import attention
 from sphkv_compile.testing.planes import dumped
+from sphkv_compile.testing.retained import retained
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted only where there is no device")
 B, H, CAPACITY, SINK, WINDOW, SPAN = 2, 2, 500, 4, 32, 128
@@ -65,7 +68,7 @@ def shown(holes=False, position=None):
 @pytest.mark.parametrize(("bits", "dim"), [(2, 64), (3, 128), (4, 64), (4, 256)])
 def test_the_twin_decodes_every_code(bits, dim):
     codes = torch.arange(64 * dim).view(64, dim).mul(2654435761).bitwise_right_shift(7).remainder(2**bits).byte()
-    found = dumped(tiles.pack_keys(codes, bits), bits, dim, "")
+    found = dumped(tiles.pack_keys(codes, bits), bits, dim, True)
     assert torch.equal(found, (levels(bits)[codes.int()] / words.step(bits)).half())
 
 
@@ -186,3 +189,80 @@ def test_a_rolling_window(masked):
         spec.rows[:, BASE] = base
         assert ours.rows.tolist() == spec.rows.tolist()
     assert ours.rows[0, LENGTH] == 440 and math.ceil(columns / SPAN) + 1 == ours.anchors.shape[2]
+
+
+def kept_of(menu, dim, group, dtype, masked, count):
+    """A cache whose heads kept very different shares, what it should read as, and its new token."""
+    x = tokens(count + 1, dim, group, dtype)
+    uniform = [make(tier, dim, dtype) for tier in menu]
+    for state, layout in uniform:
+        append(state, layout, *part(x, 0, count), 0, PADDING if masked else [0, 0])
+    pages = uniform[0][0].table.shape[2]
+    draw = torch.rand(B, H, pages * 64, generator=torch.Generator().manual_seed(2))
+    share = torch.tensor([[0.9, 0.2], [0.0, 0.5]]).unsqueeze(-1)
+    choice = torch.where(draw < share * 0.7, len(menu) - 1, torch.where(draw < share, 0, -1))
+    state, layout = retained(uniform, choice)
+    keys, values = zip(*(dense(s._replace(exact_k=s.exact_k.float(), exact_v=s.exact_v.float()), f, count + 1)
+                         for s, f in uniform))  # fmt: skip
+    tier = torch.full((B, H, count + 1), 0)  # of each position; what is exact is the same in all
+    for b in range(B):
+        begin, coded = int(state.rows[b, START]) + SINK, int(state.rows[b, SPANS]) * SPAN
+        tier[b, :, begin : begin + coded] = choice[b, :, :coded]
+    pick = tier.clamp(min=0).unsqueeze(-1)
+    k, v = (sum(torch.where(pick == i, side[i], 0) for i in range(len(menu))) for side in (keys, values))
+    return state, layout, part(x, count, count + 1), k, v, tier >= 0
+
+
+@pytest.mark.parametrize(
+    ("menu", "dim", "group", "dtype", "masked"),
+    [
+        (("K4V4", "K4V2"), 128, 4, torch.float32, False),
+        (("K4V4", "K4V2"), 64, 8, torch.float16, True),
+        (("K4V4",), 64, 2, torch.float32, True),
+        (("K4V4", "K3V3", "K2V2"), 128, 1, torch.float32, True),
+    ],
+)
+def test_kept_tokens_at_several_tiers(menu, dim, group, dtype, masked):
+    """Any tokens in any order, by the kernels and by the portable path, against float64 over what was kept."""
+    count = 420
+    state, layout, (q, k, v), keys, values, held = kept_of(menu, dim, group, dtype, masked, count)
+    keys[:, :, count], values[:, :, count] = k[:, :, 0].float(), v[:, :, 0].float()
+    mask = shown(holes=True, position=count) if masked else torch.ones(B, 1, 1, CAPACITY, dtype=torch.bool)
+    seen = (held.unsqueeze(2) & mask[..., : count + 1]).repeat_interleave(group, 1)
+    want = attention(q, keys, values, seen, False, None)
+    arguments = state, layout, q, k, v
+    assert launch.call_served(layout, q, k, v, mask, False)
+    out = launch.attend(*arguments, torch.tensor([count]), None, CAPACITY, mask if masked else None, None, False)
+    assert float((out - want).norm() / want.norm()) < 1e-3
+    causal = mask & (torch.arange(CAPACITY) <= count)
+    portable = blockwise.attend(*arguments, count, 0, CAPACITY, causal, False, None)
+    assert float((portable - want).norm() / want.norm()) < (1e-3 if dtype == torch.float16 else 1e-5)
+
+
+def test_a_new_span_follows_what_was_kept():
+    """At the widest tier, behind each head's own pages."""
+    menu, dim, count = ("K4V4", "K4V2"), 64, SINK + WINDOW + 2 * SPAN - 2
+    (ours, layout, *_), (spec, *_) = (kept_of(menu, dim, 2, torch.float32, False, count) for _ in range(2))
+    x = tokens(count + 4, dim, 2)
+    for state in (ours, spec):  # the plan's part: room for what comes
+        free = int(state.table.max()) + 100
+        for b, h in ((b, h) for b in range(B) for h in range(H)):
+            used = int(state.held[b, h].sum())
+            state.table[b, h, used : used + 2] = torch.tensor([free, free + 100]) + 200 * (b * H + h)
+        grown = torch.zeros((free + 1000) * UNIT, dtype=torch.uint8)
+        grown[: state.arena.numel()] = state.arena
+        ours, spec = (s._replace(arena=grown) if s is state else s for s in (ours, spec))
+    before = ours.held.clone()
+    for t in range(count, count + 4):
+        append(spec, layout, *part(x, t, t + 1), t, [0, 0])
+        launch.append(ours, layout, *part(x, t, t + 1), torch.tensor([t]), None, None, False)
+    assert (ours.held - before).flatten(0, 1).tolist() == [[2, 0]] * (B * H)
+    for name, a, b in zip(State._fields, ours, spec):
+        if name == "arena":
+            assert float((a != b).double().mean()) < 1e-4
+        else:
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+    for state in (ours, spec):
+        positions = with_positions(state, layout).positions
+        new = [sorted(p[p >= SINK + SPAN].tolist())[-SPAN:] for p in positions.flatten(0, 1)]
+        assert new == [list(range(SINK + SPAN, SINK + 2 * SPAN))] * (B * H)

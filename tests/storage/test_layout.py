@@ -1,5 +1,7 @@
 """Byte arithmetic by hand, and the text that carries a layout through a graph."""
 
+from dataclasses import replace
+
 import pytest
 
 from sphkv_compile.spec import CacheSpec, Tier
@@ -11,21 +13,25 @@ from sphkv_compile.storage.layout import Layout, PageFields
 def test_text_round_trip(bits, rope):
     layout = Layout.of(CacheSpec(bits=bits, window=32, span=64, page=32, sink=2, seed=7), *rope)
     assert Layout.parse(str(layout)) == layout
+    kept = replace(layout, tiers=(Tier(8, 4), Tier(4, 2)), kept=True)
+    assert Layout.parse(str(kept)) == kept != layout
 
 
 def test_fields_of_tiers_by_hand():
     """D 64, Dv 32, keys float32, values bfloat16."""
     layout = Layout.of(CacheSpec())
     expected = {
-        Tier(4, 4): PageFields(k=32, v=16, radius=1, v_scale=2, anchor=1),
-        Tier(3, 2): PageFields(k=24, v=8, radius=1, v_scale=2, anchor=1),
-        Tier(8, 3): PageFields(k=64, v=12, radius=2, v_scale=2, anchor=1),
-        Tier(16, 16): PageFields(k=256, v=64, radius=0, v_scale=0, anchor=0),
-        Tier(4, 16): PageFields(k=32, v=64, radius=1, v_scale=0, anchor=1),
+        Tier(4, 4): PageFields(k=32, v=16, radius=1, v_scale=2, anchor=1, position=0),
+        Tier(3, 2): PageFields(k=24, v=8, radius=1, v_scale=2, anchor=1, position=0),
+        Tier(8, 3): PageFields(k=64, v=12, radius=2, v_scale=2, anchor=1, position=0),
+        Tier(16, 16): PageFields(k=256, v=64, radius=0, v_scale=0, anchor=0, position=0),
+        Tier(4, 16): PageFields(k=32, v=64, radius=1, v_scale=0, anchor=1, position=0),
     }
     assert {tier: layout.fields(tier, 64, 32, (4, 2)) for tier in expected} == expected
     assert layout.page_bytes(Tier(4, 4), 64, 32, (4, 2)) == 52 * 64
     assert layout.fields(Tier(4, 4), 64, 32, (4, 2)).metadata == 4
+    kept = replace(layout, kept=True)  # a position instead of the anchor's index, which follows from it
+    assert kept.fields(Tier(4, 4), 64, 32, (4, 2)) == PageFields(k=32, v=16, radius=1, v_scale=2, anchor=0, position=4)
 
 
 def test_a_page_is_whole_units():

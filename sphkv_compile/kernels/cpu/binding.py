@@ -129,7 +129,19 @@ def attend(
     constants, _keep = _constants(layout, d, dv, state.exact_k.dtype, state.exact_v.dtype)
     out = torch.empty(b, hq, t, dv, dtype=q.dtype)
     mask_type, *mask_shape = _mask(mask)
-    memory = (*state[:8], state.pair_scale, state.rows, q, k, v, q if mask is None else mask, out)
+    coded = state.arena, state.table, state.tiers, state.positions, state.anchors, state.span_scales
+    memory = (
+        *coded,
+        state.exact_k,
+        state.exact_v,
+        state.pair_scale,
+        state.rows,
+        q,
+        k,
+        v,
+        q if mask is None else mask,
+        out,
+    )
     types = TYPES[q.dtype], TYPES[k.dtype], TYPES[v.dtype], mask_type
     packed = _ATTEND.pack(
         *[x.data_ptr() for x in memory],

@@ -136,7 +136,7 @@ def learn_scale(
 def encode_span(
     WORDS, TABLE, POSITIONS, TIERS, ANCHOR, STEP, RING_K, RING_V, SCALE, SIGNS, at, page,
     D: constexpr, KB: constexpr, VB: constexpr, SPAN: constexpr, SINK: constexpr, RING: constexpr,
-    KBORDERS: constexpr, KLEVELS: constexpr, VBORDERS: constexpr, VLEVELS: constexpr,
+    KBORDERS: constexpr, KLEVELS: constexpr, VBORDERS: constexpr, VLEVELS: constexpr, KEPT: constexpr,
 ):  # fmt: skip
     """The span at positions ``at``.. from the window into its pages.
 
@@ -169,7 +169,10 @@ def encode_span(
         low = radius.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
         high = weight.to(tl.int16, bitcast=True).to(tl.int32) << 16
         tl.store(base + 2 * (KB + VB) * D + token, low | high)
-        tl.store(POSITIONS + (page + half) * 64 + token, at + half * 64 + token)
+        if KEPT:
+            tl.store(base + 2 * (KB + VB) * D + 64 + token, at + half * 64 + token)
+        else:
+            tl.store(POSITIONS + (page + half) * 64 + token, at + half * 64 + token)
         tl.store(TIERS + page + half, 0)
 
 
@@ -198,12 +201,12 @@ def standing(
 
 @triton.jit
 def append(
-    Q, K, V, WORDS, TABLE, TIERS, POSITIONS, ANCHORS, STEPS, EXACT_K, EXACT_V, SCALE, MOMENTS, ENERGY, SIGNS, ROWS, POS,
-    MASK, start, q_row, q_head, k_row, k_head, v_row, v_head, mask_row, H, NS, NP,
+    Q, K, V, WORDS, TABLE, TIERS, POSITIONS, HELD, ANCHORS, STEPS, EXACT_K, EXACT_V, SCALE, MOMENTS, ENERGY, SIGNS,
+    ROWS, POS, MASK, start, q_row, q_head, k_row, k_head, v_row, v_head, mask_row, H, NS, NP,
     G: constexpr, D: constexpr, N: constexpr, KB: constexpr, VB: constexpr,
     SPAN: constexpr, SINK: constexpr, RING: constexpr,
     KBORDERS: constexpr, KLEVELS: constexpr, VBORDERS: constexpr, VLEVELS: constexpr,
-    ROTARY: constexpr, INTERLEAVED: constexpr, KNOWN: constexpr,
+    ROTARY: constexpr, INTERLEAVED: constexpr, KNOWN: constexpr, KEPT: constexpr, TIERCOUNT: constexpr,
     HAS_POS: constexpr, HAS_START: constexpr, MASKED: constexpr,
 ):  # fmt: skip
     """The token into the window, and the span that leaves it into its pages. Grid: (B * H,)."""
@@ -222,8 +225,12 @@ def append(
         tl.store(moments + D, 0.0)
         tl.store(ENERGY + bh * 2, 0.0)
         tl.store(ENERGY + bh * 2 + 1, 0.0)
-        for page in tl.range(0, NP):
-            tl.store(POSITIONS + (bh.to(tl.int64) * NP + page) * 64 + tl.arange(0, 64), -1)
+        if KEPT:
+            for t in tl.static_range(TIERCOUNT):
+                tl.store(HELD + bh * TIERCOUNT + t, 0)
+        else:
+            for page in tl.range(0, NP):
+                tl.store(POSITIONS + (bh.to(tl.int64) * NP + page) * 64 + tl.arange(0, 64), -1)
         frozen = first < 0
         tl.debug_barrier()
     if (begin >= 0) & (not fault):
@@ -248,13 +255,20 @@ def append(
                 held = SINK + (at + tl.arange(0, SPAN)) % RING
                 learn_scale(EXACT_K + slots, moments, SCALE + bh * D, held, ROTARY, INTERLEAVED, KNOWN, D, SPAN)
             row = spans % NS
+            page = row * (SPAN // 64)
+            if KEPT:  # behind all that the row and head holds
+                page = page * 0
+                for t in tl.static_range(TIERCOUNT):
+                    page += tl.load(HELD + bh * TIERCOUNT + t)
             pages = bh.to(tl.int64) * NP
             encode_span(
                 WORDS, TABLE + pages, POSITIONS + pages * 64, TIERS + pages,
                 ANCHORS + (bh.to(tl.int64) * NS + row) * D, STEPS + (bh * NS + row) * 2,
-                EXACT_K + slots, EXACT_V + slots, SCALE + bh * D, SIGNS, at, row * (SPAN // 64),
-                D, KB, VB, SPAN, SINK, RING, KBORDERS, KLEVELS, VBORDERS, VLEVELS,
+                EXACT_K + slots, EXACT_V + slots, SCALE + bh * D, SIGNS, at, page,
+                D, KB, VB, SPAN, SINK, RING, KBORDERS, KLEVELS, VBORDERS, VLEVELS, KEPT,
             )  # fmt: skip
+            if KEPT:
+                tl.store(HELD + bh * TIERCOUNT, tl.load(HELD + bh * TIERCOUNT) + SPAN // 64)
 
 
 @triton.jit

@@ -69,23 +69,65 @@ def coded_range(begin, spans, first, base, NS, SPAN: constexpr):
 
 
 @triton.jit
-def prepare(
-    Q, SCALE, SIGNS, ANCHORS, STEPS, ROWS, POS, MASK, TURNED, BIAS, SEEN,
-    start, columns, qscale, q_row, q_head, mask_row, H, NS, NP,
-    G: constexpr, D: constexpr, N: constexpr, SPAN: constexpr, SINK: constexpr,
-    HAS_POS: constexpr, HAS_START: constexpr, ROLLING: constexpr, MASKED: constexpr, CHUNK: constexpr,
+def divide(
+    ROWS, HELD, ITEMS, FIRST, bh, H, NP, PROGRAMS, ROWS_HEADS,
+    SPAN: constexpr, WEIGHTS: constexpr, ALL: constexpr, KEPT: constexpr,
 ):  # fmt: skip
-    """q' = H(s q), its products with anchors, and a bit per coded token that the mask shows.
+    """The list of work: as many of the programs for each row and kv head as it has of all bytes, and one more.
+
+    Args:
+        WEIGHTS: of a page of each tier, narrowest first.
+
+    Shapes: ``HELD`` int32[B * H, tiers] -> ``ITEMS`` int64[PROGRAMS]: row and head, part, parts; ``FIRST``
+    int32[B * H + 1]: each one's first program.
+    """
+    i = tl.arange(0, ALL)
+    there = i < ROWS_HEADS
+    work = tl.zeros([ALL], tl.int64)
+    if KEPT:
+        TIERS: constexpr = len(WEIGHTS)
+        for t in tl.static_range(TIERS):
+            work += tl.load(HELD + i * TIERS + TIERS - 1 - t, mask=there, other=0).to(tl.int64) * WEIGHTS[t]
+    else:
+        spans = tl.load(ROWS + i // H * WIDTH + SPANS, mask=there, other=0)
+        work += tl.minimum(tl.maximum(spans, 0) * (SPAN // 64), NP)
+    before = tl.sum(tl.where(i < bh, work, 0), 0)
+    after = before + tl.sum(tl.where(i == bh, work, 0), 0)
+    total = tl.maximum(tl.sum(work, 0), 1)
+    first = before * (PROGRAMS - ROWS_HEADS) // total + bh
+    end = after * (PROGRAMS - ROWS_HEADS) // total + bh + 1
+    if bh == ROWS_HEADS - 1:  # also where there is no work at all
+        end = first * 0 + PROGRAMS
+        tl.store(FIRST + ROWS_HEADS, end.to(tl.int32))
+    tl.store(FIRST + bh, first.to(tl.int32))
+    for at in tl.range(first, end, 128):
+        program = at + tl.arange(0, 128)
+        item = (bh.to(tl.int64) << 32) | ((program - first) << 16) | (end - first)
+        tl.store(ITEMS + program, item, mask=program < end)
+
+
+@triton.jit
+def prepare(
+    Q, SCALE, SIGNS, ANCHORS, STEPS, ROWS, HELD, POS, MASK, TURNED, BIAS, SEEN, ITEMS, FIRST,
+    start, columns, qscale, q_row, q_head, mask_row, H, NS, NP, PROGRAMS, ROWS_HEADS,
+    G: constexpr, D: constexpr, N: constexpr, SPAN: constexpr, SINK: constexpr, WEIGHTS: constexpr, ALL: constexpr,
+    HAS_POS: constexpr, HAS_START: constexpr, ROLLING: constexpr, MASKED: constexpr, LISTED: constexpr,
+    KEPT: constexpr, CHUNK: constexpr,
+):  # fmt: skip
+    """q' = H(s q), its products with anchors, a bit per coded token that the mask shows, and the list of work.
 
     Grid: (ceil(spans / CHUNK), B * H). Shapes: ``Q`` [B, H * G, 1, D], ``SCALE`` float32[B, H, D], ``SIGNS``
     float32[D], ``ANCHORS`` int8[B, H, NS, D], ``STEPS`` bfloat16[B, H, NS, 2], ``MASK`` uint8[B or 1, 1, 1, columns] ->
-    ``TURNED`` float16[B * H, N, D], ``BIAS`` float32[B * H, NS, N], ``SEEN`` int32[B, NP, 2].
+    ``TURNED`` float16[B * H, N, D], ``BIAS`` float32[B * H, NS, N], ``SEEN`` int32[B, NP, 2], and :func:`divide`'s.
     """
     chunk = tl.program_id(0)
     bh = tl.program_id(1)
     b = bh // H
     h = bh % H
     begin, spans, first, base, held = place(ROWS, POS, b, start, HAS_POS, HAS_START, ROLLING, SINK)
+    if LISTED:
+        if chunk == 0:
+            divide(ROWS, HELD, ITEMS, FIRST, bh, H, NP, PROGRAMS, ROWS_HEADS, SPAN, WEIGHTS, ALL, KEPT)
     if (chunk == 0) | (chunk * CHUNK < spans):
         d = tl.arange(0, D)
         g = tl.arange(0, N)
@@ -171,17 +213,117 @@ def exact_part(
 
 
 @triton.jit
-def coded_part(
-    TURNED, BYTES, WORDS, TABLE, BIAS, SEEN, part, parts, begin, spans, first, base, NS, NP,
-    D: constexpr, N: constexpr, KB: constexpr, VB: constexpr, SPAN: constexpr,
-    KSTEP: constexpr, KASM: constexpr, VASM: constexpr, KTABLE: constexpr, VTABLE: constexpr,
-    ROLLING: constexpr, MASKED: constexpr, STAGES: constexpr,
+def gather(at, TWIN: constexpr):
+    """32-bit words that the first-level cache holds, as int32. The assembly keeps the compiler from staging them
+    through shared memory, which would take the pages' place there."""
+    if TWIN:
+        return tl.load(at).to(tl.int32, bitcast=True)
+    else:
+        return tl.inline_asm_elementwise(
+            "ld.global.ca.b32 $0, [$1];", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def pages(
+    q, top, total, acc, BYTES, WORDS, TABLE, BIAS, SEEN, page, end, low, stop, begin, NS, NP,
+    D: constexpr, N: constexpr, KB: constexpr, VB: constexpr, KSTEP: constexpr, RATIO: constexpr, SPAN: constexpr,
+    TWIN: constexpr, ROLLING: constexpr, MASKED: constexpr, KEPT: constexpr, STAGES: constexpr,
 ):  # fmt: skip
-    """A run of coded pages; values in units of their width's step."""
+    """A run of coded pages of one tier, folded into a softmax; values in units of their step over ``RATIO``."""
     DQ: constexpr = D // 32
     KBYTES: constexpr = 8 * KB * D
     VBYTES: constexpr = 8 * VB * D
     PER_SPAN: constexpr = SPAN // 64
+    i = tl.arange(0, 32)
+    g = tl.arange(0, N)
+    if page < end:
+        slot = page
+        if ROLLING:
+            slot = page % NP
+        unit = tl.load(TABLE + slot)
+        if not KEPT:
+            bias = tl.load(BIAS + slot // PER_SPAN * N + g)
+            if MASKED:
+                bits = (tl.load(SEEN + slot * 2), tl.load(SEEN + slot * 2 + 1))
+        for t in tl.range(page, end, num_stages=STAGES):
+            # what the next page needs is fetched one page ahead: its address must not wait for memory
+            ahead = tl.minimum(t + 1, end - 1)
+            if ROLLING:
+                ahead = ahead % NP
+            unit_ahead = tl.load(TABLE + ahead)
+            if not KEPT:
+                bias_ahead = tl.load(BIAS + ahead // PER_SPAN * N + g)
+            at = BYTES + unit.to(tl.int64) * 64
+            word = WORDS + unit.to(tl.int64) * 16
+            k = planes(at, word, KB, 2 * DQ, TWIN)
+            meta = word + (KBYTES + VBYTES) // 4
+            x = ()
+            weights = ()
+            for half in tl.static_range(2):
+                both = tl.load(meta + half * 32 + i)
+                logits = tl.zeros([32, N], tl.float32)
+                for j in tl.static_range(DQ):
+                    logits = tl.dot(k[half * DQ + j], q[j], logits)
+                if KEPT:  # any tokens in any order: each says where it stood, and so which anchor is its own
+                    token = tl.load(meta + 64 + half * 32 + i) - begin
+                else:
+                    token = t * 64 + half * 32 + i
+                if not MASKED:
+                    seen = (token >= low) & (token < stop)
+                if KEPT:
+                    if MASKED:  # an empty slot has a negative position
+                        seen = token >= 0
+                    token = tl.where(seen, token, 0)
+                    own = gather(BIAS + (token // SPAN * N)[:, None] + g[None, :], TWIN).to(tl.float32, bitcast=True)
+                    if MASKED:
+                        seen = seen & (((gather(SEEN + token // 32, TWIN) >> token % 32) & 1) == 1)
+                else:
+                    own = bias[None, :]
+                    if MASKED:
+                        seen = ((bits[half] >> i) & 1) == 1
+                logits = logits * (low_half(both) * KSTEP)[:, None] + own
+                x = x + (tl.where(seen[:, None], logits, HIDDEN),)
+                if RATIO == 1.0:
+                    weights = weights + (high_half(both),)
+                else:
+                    weights = weights + (high_half(both) * RATIO,)
+            if MASKED and not KEPT:
+                bits = (tl.load(SEEN + ahead * 2), tl.load(SEEN + ahead * 2 + 1))
+            new = tl.maximum(top, tl.max(tl.maximum(x[0], x[1]), 0))
+            shrink = tl.exp2(top - new)
+            top = new
+            x0 = tl.exp2(x[0] - new[None, :])
+            x1 = tl.exp2(x[1] - new[None, :])
+            total = total * shrink[None, :] + (x0 + x1)
+            p0 = (x0 * weights[0][:, None]).to(tl.float16)
+            p1 = (x1 * weights[1][:, None]).to(tl.float16)
+            v = planes(at + KBYTES, word + KBYTES // 4, VB, 2 * DQ, TWIN)
+            grown = ()
+            for j in tl.static_range(DQ):
+                grown = grown + (tl.dot(v[DQ + j], p1, tl.dot(v[j], p0, acc[j] * shrink[None, :])),)
+            acc = grown
+            unit = unit_ahead
+            if not KEPT:
+                bias = bias_ahead
+    return top, total, acc
+
+
+@triton.jit
+def share(work, offset, count, weight):
+    """The page at which ``work`` weights are done, among ``count`` pages that follow ``offset`` weights before them."""
+    return tl.minimum(tl.maximum((work - offset + weight - 1) // weight, 0), count)
+
+
+@triton.jit
+def coded_part(
+    TURNED, BYTES, WORDS, TABLE, HELD, BIAS, SEEN, part, parts, begin, spans, first, base, NS, NP,
+    D: constexpr, N: constexpr, KBITS: constexpr, VBITS: constexpr, KSTEPS: constexpr, VSTEPS: constexpr,
+    WEIGHTS: constexpr, SPAN: constexpr, TWIN: constexpr, ROLLING: constexpr, MASKED: constexpr, KEPT: constexpr,
+    STAGES: constexpr,
+):  # fmt: skip
+    """One of ``parts`` equal parts of a row's coded pages."""
+    DQ: constexpr = D // 32
     i = tl.arange(0, 32)
     g = tl.arange(0, N)
     q = ()
@@ -193,128 +335,118 @@ def coded_part(
     for _ in tl.static_range(DQ):
         acc = acc + (tl.zeros([32, N], tl.float32),)
     low, stop = coded_range(begin, spans, first, base, NS, SPAN)
-    begin_page = low // 64
-    end_page = (stop + 63) // 64
-    share = (end_page - begin_page + parts - 1) // parts
-    page = begin_page + part * share
-    end = tl.minimum(page + share, end_page)
-    if page < end:
-        slot = page
-        if ROLLING:
-            slot = page % NP
-        unit = tl.load(TABLE + slot)
-        bias = tl.load(BIAS + slot // PER_SPAN * N + g)
-        if MASKED:
-            bits0 = tl.load(SEEN + slot * 2)
-            bits1 = tl.load(SEEN + slot * 2 + 1)
-        for t in tl.range(page, end, num_stages=STAGES):
-            # what the next page needs is fetched one page ahead: its address must not wait for memory
-            ahead = tl.minimum(t + 1, end - 1)
-            if ROLLING:
-                ahead = ahead % NP
-            unit_ahead = tl.load(TABLE + ahead)
-            bias_ahead = tl.load(BIAS + ahead // PER_SPAN * N + g)
-            at = BYTES + unit.to(tl.int64) * 64
-            word = WORDS + unit.to(tl.int64) * 16
-            k = planes(at, word, KB, 2 * DQ, KASM, KTABLE)
-            meta = word + (KBYTES + VBYTES) // 4
-            meta0 = tl.load(meta + i)
-            meta1 = tl.load(meta + 32 + i)
-            x0 = tl.zeros([32, N], tl.float32)
-            x1 = tl.zeros([32, N], tl.float32)
-            for j in tl.static_range(DQ):
-                x0 = tl.dot(k[j], q[j], x0)
-            for j in tl.static_range(DQ):
-                x1 = tl.dot(k[DQ + j], q[j], x1)
-            token = t * 64 + i
-            if MASKED:
-                seen0 = ((bits0 >> i) & 1) == 1
-                seen1 = ((bits1 >> i) & 1) == 1
-                bits0 = tl.load(SEEN + ahead * 2)
-                bits1 = tl.load(SEEN + ahead * 2 + 1)
-            else:
-                seen0 = (token >= low) & (token < stop)
-                seen1 = (token + 32 >= low) & (token + 32 < stop)
-            x0 = x0 * (low_half(meta0) * KSTEP)[:, None] + bias[None, :]
-            x1 = x1 * (low_half(meta1) * KSTEP)[:, None] + bias[None, :]
-            x0 = tl.where(seen0[:, None], x0, HIDDEN)
-            x1 = tl.where(seen1[:, None], x1, HIDDEN)
-            new = tl.maximum(top, tl.max(tl.maximum(x0, x1), 0))
-            shrink = tl.exp2(top - new)
-            top = new
-            x0 = tl.exp2(x0 - new[None, :])
-            x1 = tl.exp2(x1 - new[None, :])
-            total = total * shrink[None, :] + (x0 + x1)
-            p0 = (x0 * high_half(meta0)[:, None]).to(tl.float16)
-            p1 = (x1 * high_half(meta1)[:, None]).to(tl.float16)
-            v = planes(at + KBYTES, word + KBYTES // 4, VB, 2 * DQ, VASM, VTABLE)
-            grown = ()
-            for j in tl.static_range(DQ):
-                grown = grown + (tl.dot(v[DQ + j], p1, tl.dot(v[j], p0, acc[j] * shrink[None, :])),)
-            acc = grown
-            unit = unit_ahead
-            bias = bias_ahead
+    if KEPT:  # pages by tier, the narrowest first, so that a new span's follow all others
+        NT: constexpr = len(KBITS)
+        work = 0
+        for t in tl.static_range(NT):
+            work += tl.load(HELD + NT - 1 - t) * WEIGHTS[t]
+        mine = (work.to(tl.int64) * part // parts).to(tl.int32)
+        after = (work.to(tl.int64) * (part + 1) // parts).to(tl.int32)
+        offset = 0
+        slot = 0
+        for t in tl.static_range(NT):
+            count = tl.load(HELD + NT - 1 - t)
+            top, total, acc = pages(
+                q, top, total, acc, BYTES, WORDS, TABLE, BIAS, SEEN,
+                slot + share(mine, offset, count, WEIGHTS[t]), slot + share(after, offset, count, WEIGHTS[t]),
+                low, stop, begin, NS, NP, D, N, KBITS[t], VBITS[t], KSTEPS[t], VSTEPS[t] / VSTEPS[0], SPAN,
+                TWIN, ROLLING, MASKED, KEPT, STAGES,
+            )  # fmt: skip
+            offset += count * WEIGHTS[t]
+            slot += count
+    else:
+        begin_page = low // 64
+        end_page = (stop + 63) // 64
+        each = (end_page - begin_page + parts - 1) // parts
+        page = begin_page + part * each
+        end = tl.minimum(page + each, end_page)
+        top, total, acc = pages(
+            q, top, total, acc, BYTES, WORDS, TABLE, BIAS, SEEN, page, end, low, stop, begin, NS, NP,
+            D, N, KBITS[0], VBITS[0], KSTEPS[0], 1.0, SPAN, TWIN, ROLLING, MASKED, KEPT, STAGES,
+        )  # fmt: skip
     return top, total, acc
 
 
 @triton.jit
 def decode(
-    Q, TURNED, BYTES, WORDS, TABLE, BIAS, SEEN, MASK, ROWS, POS, EXACT_K, EXACT_V, OUT, LSE,
-    start, columns, qscale, q_row, q_head, mask_row, H, NS, NP, PARTS, ROWS_HEADS,
-    G: constexpr, D: constexpr, N: constexpr, KB: constexpr, VB: constexpr,
+    Q, TURNED, BYTES, WORDS, TABLE, HELD, BIAS, SEEN, ITEMS, MASK, ROWS, POS, EXACT_K, EXACT_V, OUT, LSE,
+    start, columns, qscale, q_row, q_head, mask_row, H, NS, NP, PROGRAMS, ROWS_HEADS,
+    G: constexpr, D: constexpr, N: constexpr, KBITS: constexpr, VBITS: constexpr, KSTEPS: constexpr, VSTEPS: constexpr,
+    WEIGHTS: constexpr, TWIN: constexpr,
     SPAN: constexpr, SINK: constexpr, RING: constexpr, EXACT: constexpr,
-    KSTEP: constexpr, VSTEP: constexpr, KASM: constexpr, VASM: constexpr, KTABLE: constexpr, VTABLE: constexpr,
-    HAS_POS: constexpr, HAS_START: constexpr, ROLLING: constexpr, MASKED: constexpr, STAGES: constexpr,
-    IEEE: constexpr, PDL: constexpr,
+    HAS_POS: constexpr, HAS_START: constexpr, ROLLING: constexpr, MASKED: constexpr, LISTED: constexpr,
+    KEPT: constexpr, STAGES: constexpr, IEEE: constexpr, PDL: constexpr,
 ):  # fmt: skip
     """One part of one row and kv head: a run of coded pages, or exact tokens.
 
-    Grid: (B * H * (PARTS + EXACT),). Shapes: ``TABLE`` int32[B, H, NP], ``EXACT_K`` / ``EXACT_V`` [B, H, SINK + RING,
-    D] -> ``OUT`` float16[B * H, EXACT + PARTS, N, D], normalised, coded parts still turned; ``LSE`` float32[B * H,
-    EXACT + PARTS, N].
+    Grid: (PROGRAMS + B * H * EXACT,). Shapes: ``TABLE`` int32[B, H, NP], ``EXACT_K`` / ``EXACT_V`` [B, H, SINK + RING,
+    D] -> ``OUT`` float16[grid, N, D], normalised, coded parts still turned; ``LSE`` float32[grid, N].
     """
     if PDL:
         gdc_launch_dependents()
     # coded parts first: they are long, and the first to be placed are spread evenly over the device
     program = tl.program_id(0)
-    coded = ROWS_HEADS * PARTS
-    if program < coded:
-        bh = program // PARTS
-        part = program % PARTS
+    coded = program < PROGRAMS
+    if coded:
+        if LISTED:
+            item = tl.load(ITEMS + program)
+            bh = (item >> 32).to(tl.int32)
+            part = ((item >> 16) & 0xFFFF).to(tl.int32)
+            parts = (item & 0xFFFF).to(tl.int32)
+        else:
+            parts = PROGRAMS // ROWS_HEADS
+            bh = program // parts
+            part = program % parts
     else:
-        bh = (program - coded) // EXACT
-        part = PARTS + (program - coded) % EXACT
+        bh = (program - PROGRAMS) // EXACT
+        part = (program - PROGRAMS) % EXACT
+        parts = EXACT
     b = bh // H
     DQ: constexpr = D // 32
     i = tl.arange(0, 32)
     g = tl.arange(0, N)
     begin, spans, first, base, held = place(ROWS, POS, b, start, HAS_POS, HAS_START, ROLLING, SINK)
-    if part < PARTS:
+    if coded:
+        NT: constexpr = len(KBITS)
         top, total, acc = coded_part(
-            TURNED + bh * N * D, BYTES, WORDS, TABLE + bh * NP, BIAS + bh * NS * N, SEEN + b * NP * 2, part, PARTS,
-            begin, spans, first, base, NS, NP, D, N, KB, VB, SPAN, KSTEP, KASM, VASM, KTABLE, VTABLE, ROLLING, MASKED,
-            STAGES,
+            TURNED + bh * N * D, BYTES, WORDS, TABLE + bh * NP, HELD + bh * NT, BIAS + bh * NS * N, SEEN + b * NP * 2,
+            part, parts, begin, spans, first, base, NS, NP, D, N, KBITS, VBITS, KSTEPS, VSTEPS, WEIGHTS, SPAN, TWIN,
+            ROLLING, MASKED, KEPT, STAGES,
         )  # fmt: skip
     else:
         slots = bh * (SINK + RING) * D
         top, total, acc = exact_part(
-            Q + b * q_row + bh % H * G * q_head, MASK + b * mask_row, EXACT_K + slots, EXACT_V + slots, part - PARTS,
+            Q + b * q_row + bh % H * G * q_head, MASK + b * mask_row, EXACT_K + slots, EXACT_V + slots, part,
             begin, spans, first, base, held, columns, qscale, q_head, G, D, N, SPAN, SINK, RING, MASKED, IEEE,
         )  # fmt: skip
     weight = tl.sum(total, 0)
-    inverse = tl.where(part < PARTS, VSTEP, 1.0) / tl.maximum(weight, 1e-30)
-    at = (bh * (EXACT + PARTS) + part) * N + g
+    inverse = tl.where(coded, VSTEPS[0], 1.0) / tl.maximum(weight, 1e-30)
+    at = program * N + g
     for j in tl.static_range(DQ):
         tl.store(OUT + at[None, :] * D + (j * 32 + i)[:, None], (acc[j] * inverse[None, :]).to(tl.float16))
     tl.store(LSE + at, top + tl.log2(tl.maximum(weight, 1e-30)))
 
 
 @triton.jit
+def merge(PARTIAL, LSE, program, there, is_coded, top, weight, coded, exact, g, D: constexpr, N: constexpr):
+    """Fold the parts of some programs into one query head's sums. Shapes: ``program`` int32[BLOCK]."""
+    at = program * N + g
+    lse = tl.load(LSE + at, mask=there, other=HIDDEN)
+    part = tl.load(PARTIAL + at[:, None] * D + tl.arange(0, D)[None, :], mask=there[:, None], other=0.0).to(tl.float32)
+    new = tl.maximum(top, tl.max(lse, 0))
+    shrink = tl.exp2(top - new)
+    scale = tl.exp2(lse - new)
+    coded = coded * shrink + tl.sum(tl.where(is_coded, scale, 0.0)[:, None] * part, 0)
+    exact = exact * shrink + tl.sum(tl.where(is_coded, 0.0, scale)[:, None] * part, 0)
+    return new, weight * shrink + tl.sum(scale, 0), coded, exact
+
+
+@triton.jit
 def combine(
-    PARTIAL, LSE, Q, K, V, SIGNS, ROWS, POS, MASK, OUT,
-    start, columns, qscale, q_row, q_head, k_row, k_head, v_row, v_head, mask_row, H, PARTS,
+    PARTIAL, LSE, FIRST, Q, K, V, SIGNS, ROWS, POS, MASK, OUT,
+    start, columns, qscale, q_row, q_head, k_row, k_head, v_row, v_head, mask_row, H, PROGRAMS, ROWS_HEADS,
     G: constexpr, D: constexpr, N: constexpr, SINK: constexpr, EXACT: constexpr, BLOCK: constexpr,
-    HAS_POS: constexpr, HAS_START: constexpr, ROLLING: constexpr, MASKED: constexpr, PDL: constexpr,
+    HAS_POS: constexpr, HAS_START: constexpr, ROLLING: constexpr, MASKED: constexpr, LISTED: constexpr, PDL: constexpr,
 ):  # fmt: skip
     """Parts and the new token into the output of one query head.
 
@@ -333,18 +465,32 @@ def combine(
     own = tl.sum(q * k, 0) * qscale
     if MASKED:
         own = tl.where(tl.load(MASK + b * mask_row + first - base) != 0, own, HIDDEN)
+    top = tl.maximum(own, EMPTY)
+    weight = tl.exp2(own - top)
+    exact = weight * v
+    coded = tl.zeros([D], tl.float32)
+    if LISTED:
+        program = tl.load(FIRST + bh)
+        parts = tl.load(FIRST + bh + 1) - program
+    else:
+        parts = PROGRAMS // ROWS_HEADS
+        program = bh * parts
     if PDL:
         gdc_wait()
-    at = (bh * (PARTS + EXACT) + p) * N + g
-    there = p < PARTS + EXACT
-    lse = tl.load(LSE + at, mask=there, other=HIDDEN)
-    part = tl.load(PARTIAL + at[:, None] * D + d[None, :], mask=there[:, None], other=0.0).to(tl.float32)
-    top = tl.maximum(tl.maximum(tl.max(lse, 0), own), EMPTY)
-    weight = tl.exp2(lse - top)
-    own = tl.exp2(own - top)
-    coded = tl.sum(tl.where(p < PARTS, weight, 0.0)[:, None] * part, 0)
-    exact = tl.sum(tl.where(p < PARTS, 0.0, weight)[:, None] * part, 0) + own * v
+    tail = PROGRAMS + bh * EXACT - parts
+    if LISTED:  # a row with most of the tokens has most of the programs
+        for at in tl.range(0, parts + EXACT, BLOCK):
+            i = at + p
+            where = tl.where(i < parts, program, tail) + i
+            top, weight, coded, exact = merge(
+                PARTIAL, LSE, where, i < parts + EXACT, i < parts, top, weight, coded, exact, g, D, N
+            )
+    else:
+        where = tl.where(p < parts, program, tail) + p
+        top, weight, coded, exact = merge(
+            PARTIAL, LSE, where, p < parts + EXACT, p < parts, top, weight, coded, exact, g, D, N
+        )
     turned = tl.reshape(hadamard(tl.reshape(coded, (1, D)), 1, D), (D,)) * (D**-0.5) * tl.load(SIGNS + d)
-    out = (exact + turned) / tl.maximum(tl.sum(weight, 0) + own, 1e-30)
+    out = (exact + turned) / tl.maximum(weight, 1e-30)
     out = tl.where(tl.load(ROWS + b * WIDTH + FROZEN) == FAULT, float("nan"), out)
     tl.store(OUT + (bh * G + g) * D + d, out.to(OUT.dtype.element_ty))

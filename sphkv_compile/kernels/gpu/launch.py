@@ -28,7 +28,9 @@ wait for a second round."""
 REGISTERS = 168
 """Of a thread of ``decode``, so that as many fit; the twin, which decodes in arithmetic, takes more warps instead."""
 SLICES = 128
-"""Parts of a row that ``combine`` merges at most."""
+"""Parts that ``combine`` merges at once; more slow it."""
+MOST = 1 << 15
+"""Parts of all rows: a part's number has sixteen bits in the list of work."""
 
 
 def layout_served(codec: str, tier: Tier, page: int, k_dim: int, v_dim: int) -> bool:
@@ -49,7 +51,7 @@ def call_served(layout: Layout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | 
     """Whether one attention is a decode step that these kernels serve."""
     return (
         layout.tiled
-        and len(layout.tiers) == 1
+        and (layout.kept or len(layout.tiers) == 1)
         and q.shape[2] == 1
         and not is_causal  # aligned to the upper left, it would show one column
         and q.shape[1] // k.shape[1] <= HEADS
@@ -82,15 +84,22 @@ def attend(
     h, device = k.shape[1], q.device
     g, spans, pages = hq // h, state.anchors.shape[2], state.table.shape[2]
     exact = triton.cdiv(layout.sink + layout.ring, tiles.EDGE)
-    parts = max(1, min(OCCUPANCY * _processors(device) // (b * h), pages // 2, SLICES - exact))
-    slices = exact + parts
+    # rows and heads that hold as much as each other are divided as they are; others by a list, made on the device
+    listed = layout.kept or b > 1
+    fit = OCCUPANCY * _processors(device)
+    if listed:
+        programs = max(b * h, min(fit, b * h * (pages // 2), MOST))
+    else:
+        programs = b * h * max(1, min(fit // (b * h), pages // 2, SLICES - exact))
+    slices = programs + b * h * exact
     turned = torch.empty(b * h, HEADS, d, dtype=torch.float16, device=device)
     bias = torch.empty(b * h, max(1, spans), HEADS, dtype=torch.float32, device=device)
     seen = torch.empty(b if mask is not None else 0, max(1, pages), 2, dtype=torch.int32, device=device)
-    partial = torch.empty(b * h, slices, HEADS, d, dtype=torch.float16, device=device)
-    lse = torch.empty(b * h, slices, HEADS, dtype=torch.float32, device=device)
+    partial = torch.empty(slices, HEADS, d, dtype=torch.float16, device=device)
+    lse = torch.empty(slices, HEADS, dtype=torch.float32, device=device)
+    items = torch.empty(programs if listed else 0, dtype=torch.int64, device=device)
+    begins = torch.empty(b * h + 1 if listed else 0, dtype=torch.int32, device=device)
     out = torch.empty(b, hq, 1, d, dtype=q.dtype, device=device)
-    (tier,) = layout.tiers
     twin = not _converts(device)
     depends = _depends(device)
     qscale = (d**-0.5 if scale is None else scale) * LOG2E
@@ -99,26 +108,28 @@ def attend(
     numbers = start or 0, columns, qscale, q.stride(0), q.stride(1)
     flags = {
         "HAS_POS": pos is not None, "HAS_START": start is not None, "ROLLING": rolling, "MASKED": mask is not None,
-        "G": g, "D": d, "N": HEADS, "SINK": layout.sink,
+        "LISTED": listed, "G": g, "D": d, "N": HEADS, "SINK": layout.sink,
     }  # fmt: skip
+    kbits, vbits = zip(*((t.k_bits, t.v_bits) for t in reversed(layout.tiers)))
+    weights = {"WEIGHTS": tuple(k + v + 1 for k, v in zip(kbits, vbits)), "KEPT": layout.kept}
     prepare[(max(1, triton.cdiv(spans, CHUNK)), b * h)](
-        q, state.pair_scale, signs, state.anchors, state.span_scales, state.rows, where, shown, turned, bias, seen,
-        *numbers, mask_row, h, spans, pages, SPAN=layout.span, CHUNK=CHUNK, num_warps=4, **flags,
+        q, state.pair_scale, signs, state.anchors, state.span_scales, state.rows, state.held, where, shown, turned,
+        bias, seen, items, begins, *numbers, mask_row, h, spans, pages, programs, b * h,
+        SPAN=layout.span, CHUNK=CHUNK, ALL=triton.next_power_of_2(b * h), num_warps=4, **weights, **flags,
     )  # fmt: skip
-    decode[(b * h * slices,)](
-        q, turned, state.arena, state.arena.view(torch.int32), state.table, bias, seen, shown, state.rows, where,
-        state.exact_k, state.exact_v, partial, lse, *numbers, mask_row, h, spans, pages, parts, b * h,
-        KB=tier.k_bits, VB=tier.v_bits, SPAN=layout.span, RING=layout.ring, EXACT=exact,
-        KSTEP=words.step(tier.k_bits), VSTEP=words.step(tier.v_bits),
-        KASM="" if twin else words.assembly(tier.k_bits), VASM="" if twin else words.assembly(tier.v_bits),
-        KTABLE=words.lookup(tier.k_bits), VTABLE=words.lookup(tier.v_bits),
-        STAGES=3, IEEE=q.dtype == torch.float32, PDL=depends, num_stages=3,
-        maxnreg=None if twin else REGISTERS, num_warps=(2 if d == 256 else 1) * (4 if twin else 1), **flags,
+    decode[(slices,)](
+        q, turned, state.arena, state.arena.view(torch.int32), state.table, state.held, bias, seen, items, shown,
+        state.rows, where, state.exact_k, state.exact_v, partial, lse, *numbers, mask_row, h, spans, pages, programs,
+        b * h, KBITS=kbits, VBITS=vbits, KSTEPS=tuple(map(words.step, kbits)), VSTEPS=tuple(map(words.step, vbits)),
+        TWIN=twin, SPAN=layout.span, RING=layout.ring, EXACT=exact, STAGES=3, IEEE=q.dtype == torch.float32,
+        PDL=depends, num_stages=3, maxnreg=None if twin else REGISTERS,
+        num_warps=(2 if d == 256 else 1) * (4 if twin else 1), **weights, **flags,
     )  # fmt: skip
     combine[(g, b * h)](
-        partial, lse, q, k, v, signs, state.rows, where, shown, out, *numbers,
-        k.stride(0), k.stride(1), v.stride(0), v.stride(1), mask_row, h, parts,
-        EXACT=exact, BLOCK=triton.next_power_of_2(slices), PDL=depends, launch_pdl=depends, num_warps=4, **flags,
+        partial, lse, begins, q, k, v, signs, state.rows, where, shown, out, *numbers,
+        k.stride(0), k.stride(1), v.stride(0), v.stride(1), mask_row, h, programs, b * h,
+        EXACT=exact, BLOCK=min(SLICES, triton.next_power_of_2(slices // (b * h))), PDL=depends, launch_pdl=depends,
+        num_warps=4, **flags,
     )  # fmt: skip
     return out
 
@@ -140,22 +151,23 @@ def append(
     """
     b, hq, _, d = q.shape
     h = k.shape[1]
-    (tier,) = layout.tiers
     where, shown, mask_row = _inputs(state, pos, mask)
     flags = {
         "HAS_POS": pos is not None, "HAS_START": start is not None, "MASKED": mask is not None,
         "SPAN": layout.span, "SINK": layout.sink, "RING": layout.ring,
     }  # fmt: skip
     spans, pages = state.anchors.shape[2], state.table.shape[2]
+    tier = layout.tiers[0]
     appending.append[(b * h,)](
-        q, k, v, state.arena.view(torch.int32), state.table, state.tiers, state.positions, state.anchors,
-        state.span_scales, state.exact_k, state.exact_v, state.pair_scale, state.moments, state.energy,
+        q, k, v, state.arena.view(torch.int32), state.table, state.tiers, state.positions, state.held,
+        state.anchors, state.span_scales, state.exact_k, state.exact_v, state.pair_scale, state.moments, state.energy,
         _signs(layout, d, q.device), state.rows, where, shown, start or 0,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), mask_row, h, max(1, spans), pages,
         G=hq // h, D=d, N=HEADS, KB=tier.k_bits, VB=tier.v_bits,
         KBORDERS=_table(thresholds, tier.k_bits), KLEVELS=_table(levels, tier.k_bits),
         VBORDERS=_table(thresholds, tier.v_bits), VLEVELS=_table(levels, tier.v_bits),
         ROTARY=layout.rotary_dim, INTERLEAVED=layout.rope == "interleaved", KNOWN=layout.rope != "none",
+        KEPT=layout.kept, TIERCOUNT=len(layout.tiers),
         num_warps=16 if d == 256 else 8, **flags,
     )  # fmt: skip
     appending.advance[(b,)](state.rows, where, shown, start or 0, mask_row, ROLLING=rolling, num_warps=1, **flags)

@@ -121,21 +121,25 @@ def _assembly3() -> list[str]:
     return lines + pair(12)
 
 
+ASSEMBLY2, ASSEMBLY3, ASSEMBLY4 = (constexpr(assembly(bits)) for bits in (2, 3, 4))
+TABLE2, TABLE3, TABLE4 = (constexpr(lookup(bits)) for bits in (2, 3, 4))
+
+
 @triton.jit
-def _assembly_planes(at, BITS: constexpr, ASM: constexpr):
+def _assembly_planes(at, BITS: constexpr):
     """Planes of one group of tiles, by inline assembly: 4 bytes of a row are one word in the register that it reads."""
     if BITS == 4:
         out = tl.inline_asm_elementwise(
-            ASM, "=r,=r,=r,=r,r", [tl.load(at)], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+            ASSEMBLY4, "=r,=r,=r,=r,r", [tl.load(at)], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
         )
     elif BITS == 2:
         out = tl.inline_asm_elementwise(
-            ASM, "=r,=r,=r,=r,=r,=r,=r,=r,r", [tl.load(at)],
+            ASSEMBLY2, "=r,=r,=r,=r,=r,=r,=r,=r,r", [tl.load(at)],
             dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=4,
         )  # fmt: skip
     else:
         out = tl.inline_asm_elementwise(
-            ASM, "=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,r,r,r",
+            ASSEMBLY3, "=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,r,r,r",
             [tl.load(at), tl.load(at + 1024), tl.load(at + 2048)],
             dtype=(
                 tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16,
@@ -180,7 +184,7 @@ def _signs(word, PLACE: constexpr):
 
 
 @triton.jit
-def _twin_planes(at, BITS: constexpr, TABLE: constexpr):
+def _twin_planes(at, BITS: constexpr):
     """The same planes in Triton alone: for devices without e4m3 conversion, and for the interpreter.
 
     Args:
@@ -189,41 +193,41 @@ def _twin_planes(at, BITS: constexpr, TABLE: constexpr):
     w = tl.load(at)
     if BITS == 4:
         out = (
-            _nibble(w, 0, 7, TABLE, 8) * _signs(w, 7),
-            _nibble(w, 16, 7, TABLE, 8) * _signs(w, 3),
+            _nibble(w, 0, 7, TABLE4, 8) * _signs(w, 7),
+            _nibble(w, 16, 7, TABLE4, 8) * _signs(w, 3),
         )
     elif BITS == 2:
         out = (
-            _nibble(w, 0, 3, TABLE, 4),
-            _nibble(w, 16, 3, TABLE, 4),
-            _nibble(w, 2, 3, TABLE, 4),
-            _nibble(w, 18, 3, TABLE, 4),
+            _nibble(w, 0, 3, TABLE2, 4),
+            _nibble(w, 16, 3, TABLE2, 4),
+            _nibble(w, 2, 3, TABLE2, 4),
+            _nibble(w, 18, 3, TABLE2, 4),
         )
     else:
         x = tl.load(at + 256)
         y = tl.load(at + 512)
         z = ((w >> 1) & 0x44444444) | ((x >> 2) & 0x22222222) | ((y >> 3) & 0x11111111)
         out = (
-            _nibble(w, 0, 7, TABLE, 8),
-            _nibble(w, 16, 7, TABLE, 8),
-            _nibble(x, 0, 7, TABLE, 8),
-            _nibble(x, 16, 7, TABLE, 8),
-            _nibble(y, 0, 7, TABLE, 8),
-            _nibble(y, 16, 7, TABLE, 8),
-            _nibble(z, 0, 7, TABLE, 8),
-            _nibble(z, 16, 7, TABLE, 8),
+            _nibble(w, 0, 7, TABLE3, 8),
+            _nibble(w, 16, 7, TABLE3, 8),
+            _nibble(x, 0, 7, TABLE3, 8),
+            _nibble(x, 16, 7, TABLE3, 8),
+            _nibble(y, 0, 7, TABLE3, 8),
+            _nibble(y, 16, 7, TABLE3, 8),
+            _nibble(z, 0, 7, TABLE3, 8),
+            _nibble(z, 16, 7, TABLE3, 8),
         )
     return out
 
 
 @triton.jit
-def planes(BYTES, WORDS, BITS: constexpr, PLANES: constexpr, ASM: constexpr, TABLE: constexpr):
+def planes(BYTES, WORDS, BITS: constexpr, PLANES: constexpr, TWIN: constexpr):
     """The planes of one operand of a page.
 
     Args:
         BYTES, WORDS: its first byte, as pointers to uint8 and to int32.
         PLANES: 64 * D / 1024.
-        ASM: from :func:`assembly`; empty for the twin.
+        TWIN: whether to decode without assembly.
 
     Shapes: -> PLANES times float16[32, 32], in units of the width's step.
     """
@@ -231,12 +235,12 @@ def planes(BYTES, WORDS, BITS: constexpr, PLANES: constexpr, ASM: constexpr, TAB
     TILES: constexpr = GROUP * BITS // 8
     row = tl.arange(0, 32)
     out = ()
-    if ASM == "":
+    if TWIN:
         place = (row * 8)[:, None] + tl.arange(0, 8)[None, :]
         for i in tl.static_range(PLANES // GROUP):
-            out = out + _twin_planes(WORDS + i * (TILES * 256) + place, BITS, TABLE)
+            out = out + _twin_planes(WORDS + i * (TILES * 256) + place, BITS)
     else:
         place = (row * 32)[:, None] + row[None, :]
         for i in tl.static_range(PLANES // GROUP):
-            out = out + _assembly_planes(BYTES + i * (TILES * 1024) + place, BITS, ASM)
+            out = out + _assembly_planes(BYTES + i * (TILES * 1024) + place, BITS)
     return out
