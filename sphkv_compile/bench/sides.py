@@ -39,8 +39,8 @@ SCALE = 1.5
 two, and attention is neither flat nor a choice of one."""
 CHUNK = 8192
 """Tokens encoded at once, where a cache is made layer by layer."""
-ROOM = 16
-"""Scratch of an import, in times the float32 keys of one layer."""
+ROOM = 10
+"""Scratch of an import, in times the float32 keys of one layer (9.1 counted)."""
 
 SHAPES: dict[str, dict[str, Any]] = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 128256, "num_hidden_layers": 32,
