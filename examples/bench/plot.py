@@ -22,7 +22,7 @@ def rows(folder: Path, dim: int = 128) -> dict[str, list[Row]]:
         record = json.loads(path.read_text())
         for row in record["rows"]:
             if row["D"] == dim and not row.get("ragged") and row.get("spread", 2) == 2:
-                found[record["card"].split()[1]].append(row)
+                found[record["card"].removeprefix("NVIDIA ").split()[0]].append(row)
     return dict(found)
 
 

@@ -67,7 +67,7 @@ def decode(
 
     job = bench.Job(model, length, tuple(bits.split(",")), dtype, steps, blocks, threads or torch.get_num_threads())
     record = bench.run(job)
-    console.print(bench.table(record))
+    Console(width=max(console.width, 100)).print(bench.table(record))
     wrote(save(record, "decode", name, out))
 
 

@@ -85,7 +85,12 @@ def attention_rows() -> Iterator[tuple[str, dict]]:
             key = record["card"], *(r.get(k) for k in ("what", "tier", "B", "L", "D", "spread", "ragged"))
             if key not in seen:
                 seen.add(key)
-                yield record["card"].split()[1], r
+                yield short(record["card"]), r
+
+
+def short(card: str) -> str:
+    """``"NVIDIA H100 80GB HBM3"`` -> ``"H100"``."""
+    return card.removeprefix("NVIDIA ").split()[0]
 
 
 def plain(r: dict) -> bool:
@@ -160,7 +165,7 @@ def model_table() -> str:
         record = json.loads(path.read_text())
         for r in record["rows"]:
             side = SIDES.get(r["what"], r["tier"])
-            what = f"| {record['card'].split()[1]} | {r['B']} | {r['L']:,} | {side} |"
+            what = f"| {short(record['card'])} | {r['B']} | {r['L']:,} | {side} |"
             if "failed" in r:
                 lines.append(f"{what} {r['failed']} | | | | | |")
                 continue
