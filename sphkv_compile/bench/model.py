@@ -86,7 +86,8 @@ def decode(clocked: Side) -> dict[str, Any]:
     return {
         "ms": ms, "mean_ms": statistics.mean(samples) * 1e3, "tokens_per_s": job.batch / ms * 1e3,
         "peak_bytes": peak.take(), "first_step_peak_bytes": first_peak, "first_step_s": first,
-        "warm_s": compiled, "cudagraphs": graphs | {"skips": graphs["skips"] - skipped}, "logits": np.stack(compared), "ttft_s": None,
+        "warm_s": compiled, "cudagraphs": graphs | {"skips": graphs["skips"] - skipped},
+        "logits": np.stack(compared), "ttft_s": None,
     }  # fmt: skip
 
 
