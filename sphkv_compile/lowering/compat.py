@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 import torch._functorch.config
+from torch._dynamo.utils import counters
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.fx import GraphModule
 
-__all__ = ["PATCHES", "compile_fx", "compile_fx_inner", "functorch_patches", "interpret", "mode_patches"]
+__all__ = [
+    "PATCHES", "compile_fx", "compile_fx_inner", "functorch_patches", "interpret", "mode_patches", "recorded_graphs",
+]  # fmt: skip
 
 PATCHES: dict[str, Any] = {"size_asserts": False}
 """Inductor's settings for our graphs. The state may be laid out anew between steps, so its sizes are not asserted."""
@@ -43,3 +46,24 @@ def interpret(gm: GraphModule, example_inputs: list, **kwargs: Any) -> Callable:
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
+
+
+def recorded_graphs(device: torch.device) -> dict[str, Any]:
+    """What Inductor's CUDA graphs have done in this thread.
+
+    ``recorded``: graphs in the trees of this device; ``replaying``: the last compiled call was a replay of one;
+    ``skips``: compiled graphs that Inductor declined to capture.
+    """
+    found = {"recorded": 0, "replaying": False, "skips": counters["inductor"]["cudagraph_skips"]}
+    if device.type != "cuda":
+        return found
+    from torch._inductor.cudagraph_trees import ExecutionState, get_manager
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    manager = get_manager(index, create_if_none_exists=False)
+    if manager is not None:
+        nodes = list(manager.get_roots())
+        for node in nodes:  # which grows as it goes
+            nodes += [child for children in node.children.values() for child in children]
+        found |= {"recorded": len(nodes), "replaying": manager.path_state == ExecutionState.EXECUTION}
+    return found

@@ -112,11 +112,12 @@ def reserve(state: State, layout: Layout, g: Geometry, arena: Arena, tokens: int
     """Give a page to every slot that ``tokens`` more tokens can fill."""
     total = state.anchors.shape[2]
     size = page_bytes(layout, g)
+    table = state.table[:, 0].tolist()  # read once: a long cache has thousands of pages
     for row, (start, length, spans, *_) in enumerate(state.rows.tolist()):
         end = layout.coded_spans(max(length, start) + tokens - max(start, 0))
         slots = sorted({j % total for j in range(spans, min(end, spans + total))}) if total else []
         pages = [slot * layout.pages_per_span + i for slot in slots for i in range(layout.pages_per_span)]
-        empty = [p for p in pages if int(state.table[row, 0, p]) < 0]
+        empty = [p for p in pages if table[row][p] < 0]
         if empty:
             offsets = [[arena.take(size) for _ in empty] for _ in range(g.heads)]
             state.table[row, :, empty] = torch.tensor(offsets, dtype=torch.int32, device=state.table.device)

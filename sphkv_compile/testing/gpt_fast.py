@@ -185,7 +185,7 @@ def apply_rotary_emb(x: Tensor, freqs: Tensor, layout: str) -> Tensor:
 
 
 @torch.no_grad()
-def from_llama(model: nn.Module, rope_layout: str = "interleaved") -> GptFast:
+def from_llama(model: nn.Module, rope_layout: str = "interleaved", kind: type[GptFast] = GptFast) -> GptFast:
     """A :class:`GptFast` with the weights of a transformers Llama, which it then shares where they need no change.
 
     transformers' checkpoints hold q and k in the half layout; the interleaved one needs their rows permuted, as
@@ -193,6 +193,7 @@ def from_llama(model: nn.Module, rope_layout: str = "interleaved") -> GptFast:
 
     Args:
         model: a ``LlamaForCausalLM``; any model with its modules, no biases and default RoPE would do.
+        kind: the class to build.
 
     Raises:
         ValueError: biases or scaled RoPE, which gpt-fast's module does not have.
@@ -214,7 +215,7 @@ def from_llama(model: nn.Module, rope_layout: str = "interleaved") -> GptFast:
         rope_layout=rope_layout,
     )
     with torch.device("meta"):
-        ours = GptFast(args)
+        ours = kind(args)
     ours.load_state_dict(_gpt_fast_names(model.state_dict(), args), assign=True)
     return ours.eval()
 

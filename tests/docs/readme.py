@@ -1,11 +1,11 @@
-"""The parts of README.md and THEORY.md that are generated: ``make docs`` brings them up to date."""
+"""The generated parts of README.md, THEORY.md and the bench's NOTES.md: ``make docs`` brings them up to date."""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sphkv_compile.patterns import IDIOMS, REFUSALS
@@ -76,20 +76,108 @@ def speed_table() -> str:
     return "\n".join(lines)
 
 
+def attention_rows() -> Iterator[tuple[str, dict]]:
+    """Card and row of every measurement of the attention bench; of equal ones, the first record's."""
+    seen = set()
+    for path in sorted(RECORDS.glob("bench/records/attention*.json")):
+        record = json.loads(path.read_text())
+        for r in record["rows"]:
+            key = record["card"], *(r.get(k) for k in ("what", "tier", "B", "L", "D", "spread", "ragged"))
+            if key not in seen:
+                seen.add(key)
+                yield short(record["card"]), r
+
+
+def short(card: str) -> str:
+    """``"NVIDIA H100 80GB HBM3"`` -> ``"H100"``."""
+    return card.removeprefix("NVIDIA ").split()[0]
+
+
+def plain(r: dict) -> bool:
+    """Whether a row is ours at even lengths and the usual logits."""
+    return r["what"] == "sphkv" and not r.get("ragged") and r.get("spread", 2) == 2
+
+
 def attention_table() -> str:
     """The records of the attention bench on GPUs. Units: microseconds."""
     head = ("card", "tier", "B", "L", "D", "dense us", "ours us", "times faster", "% of reading", "error")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for path in sorted(RECORDS.glob("bench/records/attention*.json")):
-        record = json.loads(path.read_text())
-        card = record["card"].split()[1]
-        for r in record["rows"]:
-            share = r["bytes"] / r["us"] / 1e4 / r["ceiling_tbps"]
-            if r["D"] == 128:
-                what = f"{card} | {r['tier']} | {r['B']} | {r['L']:,} | {r['D']}"
-                times = f"{r['dense_us']:.0f} | {r['us']:.1f} | **{r['speedup']:.2f}**"
-                lines.append(f"| {what} | {times} | {share:.0f} | {r['rel_err']:.1e} |")
+    for card, r in attention_rows():
+        share = r["bytes"] / r["us"] / 1e4 / r["ceiling_tbps"]
+        if r["D"] == 128 and plain(r):
+            what = f"{card} | {r['tier']} | {r['B']} | {r['L']:,} | {r['D']}"
+            times = f"{r['dense_us']:.0f} | {r['us']:.1f} | **{r['speedup']:.2f}**"
+            lines.append(f"| {what} | {times} | {share:.0f} | {r['rel_err']:.1e} |")
     return "\n".join(lines)
+
+
+def uneven_table() -> str:
+    """Rows of unequal length, and wide logits. Units: microseconds."""
+    rows = [(card, r) for card, r in attention_rows() if r["what"] == "sphkv" and not plain(r)]
+    lines = ["| card | tier | B | L | D | case | us | times faster | error |", "|---" * 9 + "|"]
+    for card, r in rows:
+        case = "rows of unequal length" if r["ragged"] else f"logits' std {r['spread']:g}"
+        what = f"{card} | {r['tier']} | {r['B']} | {r['L']:,} | {r['D']} | {case}"
+        lines.append(f"| {what} | {r['us']:.1f} | {r['speedup']:.2f} | {r['rel_err']:.1e} |")
+    return "\n".join(lines) if rows else NO_RECORD.format("attention --ragged --spread 2,8 --name NAME")
+
+
+def peers_table() -> str:
+    """Other caches and kernels in the runs that have them, and ours at the same shapes. Units: microseconds."""
+    rows = list(attention_rows())
+    shapes = {(card, r["B"], r["L"], r["D"]) for card, r in rows if r["what"] != "sphkv"}
+    lines = ["| card | B | L | D | what | cache | us | times faster than dense |", "|---" * 8 + "|"]
+    for card, r in rows:
+        if (card, r["B"], r["L"], r["D"]) in shapes and (plain(r) or r["what"] != "sphkv"):
+            what = f"{card} | {r['B']} | {r['L']:,} | {r['D']} | {r['what']} | {r['tier']}"
+            lines.append(f"| {what} | {r['us']:.1f} | {r['speedup']:.2f} |")
+    for path in sorted(RECORDS.glob("bench/records/attention*.json")):
+        missing = {
+            (name.split(",")[0], why) for name, why in json.loads(path.read_text()).get("peers_missing", {}).items()
+        }
+        lines += [f"\nNot measured ({path.stem}): {name}: {why}" for name, why in sorted(missing)]
+    return "\n".join(lines) if shapes else NO_RECORD.format("attention --peers --name NAME")
+
+
+GOALS = (
+    ("K4V4", 1, 8192, 1.5), ("K4V4", 1, 131072, 2.9), ("K4V4", 8, 32768, 3.0), ("K4V4", 8, 131072, 3.3),
+    ("K4V2", 8, 131072, 4.2),
+)  # fmt: skip
+"""Tier, B, L, and how many times faster than dense one attention was to be on an H100."""
+
+
+def goals_table() -> str:
+    """What was to be reached, and what was."""
+    found = {(card, r["tier"], r["B"], r["L"]): r for card, r in attention_rows() if r["D"] == 128 and plain(r)}
+    lines = ["| tier | B | L | goal | measured | |", "|---" * 6 + "|"]
+    for tier, b, length, goal in GOALS:
+        got = found["H100", tier, b, length]["speedup"]
+        verdict = "met" if got >= goal else "**missed**"
+        lines.append(f"| {tier} | {b} | {length:,} | {goal} | {got:.2f} | {verdict} |")
+    return "\n".join(lines)
+
+
+def model_table() -> str:
+    """The records of the model bench. Units: milliseconds, GiB, seconds."""
+    head = ("card", "B", "L", "side", "tokens/s", "ms/step", "times faster", "cache GiB", "peak GiB", "TTFT s")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for path in sorted(RECORDS.glob("bench/records/model*.json")):
+        record = json.loads(path.read_text())
+        for r in record["rows"]:
+            side = SIDES.get(r["what"], r["tier"])
+            what = f"| {short(record['card'])} | {r['B']} | {r['L']:,} | {side} |"
+            if "failed" in r:
+                lines.append(f"{what} {r['failed']} | | | | | |")
+                continue
+            speedup = "-" if r["speedup"] is None else f"**{r['speedup']:.2f}**"
+            memory = " | ".join("-" if r[k] is None else f"{r[k] / 2**30:.1f}" for k in ("kv_bytes", "peak_bytes"))
+            first = "-" if r["ttft_s"] is None else f"{r['ttft_s']:.1f}"
+            lines.append(f"{what} {r['tokens_per_s']:.1f} | {r['ms']:.2f} | {speedup} | {memory} | {first} |")
+    return "\n".join(lines) if len(lines) > 2 else NO_RECORD.format("model --ttft --name NAME")
+
+
+SIDES = {"hf": "transformers", "loop": "plain loop"}
+NO_RECORD = "*Not measured yet: `sphkv bench {}` makes the record.*"
 
 
 def _bits(text: str) -> int | str:
@@ -152,11 +240,19 @@ MEASURED: dict[str, Callable[[], str]] = {
     "quality": quality_table,
     "speed": speed_table,
     "attention": attention_table,
+    "peers": peers_table,
+    "model": model_table,
 }
 """From the records of evaluation and bench."""
+NOTES: dict[str, Callable[[], str]] = {"goals": goals_table, "uneven": uneven_table}
+"""From the bench's records, for the performance note."""
 THEORY: dict[str, Callable[[], str]] = {"bounds": bounds_table, "geometry": geometry_table}
 """From the record of how tight the bounds are."""
-FILES = {"README.md": PARTS | MEASURED, "sphkv_compile/codecs/THEORY.md": THEORY}
+FILES = {
+    "README.md": PARTS | MEASURED,
+    "examples/bench/NOTES.md": NOTES,
+    "sphkv_compile/codecs/THEORY.md": THEORY,
+}
 
 
 def rendered(text: str, parts: dict[str, Callable[[], str]]) -> str:

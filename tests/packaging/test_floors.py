@@ -14,7 +14,7 @@ FLOORS = (
     ("passes",),
     ("backend", "testing", "integrations"),
     ("explain", "report"),
-    ("doctor", "__init__"),
+    ("doctor", "bench", "__init__"),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}

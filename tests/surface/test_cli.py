@@ -62,3 +62,16 @@ def test_an_unknown_option_names_the_nearest():
     step = torch.compile(lambda x: x + 1, backend="sphkv", options={"bit": 4})
     with pytest.raises(Exception, match="did you mean 'bits'"):
         step(torch.zeros(1))
+
+
+@pytest.mark.parametrize("bench", ["attention", "model"])
+def test_a_bench_of_the_gpu_says_what_to_use_without_one(bench, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = run(app, ["bench", bench])
+    assert result.exit_code == 2
+    assert "torch finds none here" in result.output and "sphkv bench decode" in result.output
+
+
+def test_a_bench_refuses_an_unknown_shape():
+    result = run(app, ["bench", "model", "--shape", "7b", "--device", "cpu"])
+    assert result.exit_code == 2 and "expected one of 8b, tiny" in result.output

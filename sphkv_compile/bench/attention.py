@@ -1,0 +1,209 @@
+"""One attention of a decode step on a GPU: dense beside codes, all overheads in, side by side in one run.
+
+Ours is everything that a step does for one layer's attention: queries turned, anchors, codes, sinks and window, parts
+merged, output turned back. Dense is the fastest of flash and cuDNN, each with query heads as heads and as rows. Both
+are captured in a CUDA graph and replayed over copies of the cache that together exceed the second-level cache. Errors
+are against float64 attention over the dequantised cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from sphkv_compile.bench import clock
+from sphkv_compile.bench.peers import PEERS
+from sphkv_compile.ops.read import dense
+from sphkv_compile.spec import Tier
+from sphkv_compile.storage.layout import UNIT, Layout
+from sphkv_compile.storage.state import FROZEN, LENGTH, SPANS, START, Geometry, State, empty_state
+
+SINK, WINDOW, SPAN, PAGE = 4, 128, 128, 64
+SPREAD = 2.0
+"""Standard deviation of the attention logits, about, unless a row says otherwise."""
+
+
+@dataclass
+class Case:
+    """A cache of ``length`` tokens and its new token. Shapes: B rows, H kv heads, G query heads each, D head_dim."""
+
+    state: State
+    layout: Layout
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    pos: Tensor
+    columns: int
+
+    def attend(self) -> Tensor:
+        from sphkv_compile.kernels.gpu import launch  # Triton is loaded where there is something to launch
+
+        arguments = self.state, self.layout, self.q, self.k, self.v, self.pos, None, self.columns
+        return launch.attend(*arguments, None, None, False)
+
+    @property
+    def bytes(self) -> int:
+        """What one step has to read."""
+        s, (h, d) = self.state, (self.k.shape[1], self.k.shape[3])
+        itemsize = s.exact_k.element_size(), s.exact_v.element_size()
+        page = self.layout.page_bytes(self.layout.tiers[0], d, d, itemsize)
+        total = 0
+        for row in s.rows.tolist():
+            coded = row[SPANS] * (self.layout.pages_per_span * (page + 4) + d + 2)
+            total += coded + (row[LENGTH] - row[START] - row[SPANS] * SPAN) * d * sum(itemsize)
+        return h * total
+
+
+def make(
+    tier: Tier,
+    b: int,
+    length: int,
+    h: int,
+    g: int,
+    d: int,
+    seed: int = 0,
+    spread: float = SPREAD,
+    ragged: bool = False,
+    device: str = "cuda",
+) -> Case:
+    """Random codes of real statistics, in pages in random order.
+
+    Args:
+        spread: about the logits' standard deviation.
+        ragged: rows hold from a quarter of ``length`` to all of it, behind padding on the left.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    layout = Layout("axis_cosine", (tier,), SINK, WINDOW, SPAN, PAGE, 0, "half", d, "tiles")
+    geometry = Geometry(b, h, length + 1, d, d, torch.bfloat16, torch.bfloat16, False)
+    pages = layout.spans(length + 1, False) * layout.pages_per_span
+    size = layout.page_bytes(tier, d, d, geometry.itemsize)
+    arena = torch.randint(0, 256, (b * h * pages, size), dtype=torch.uint8, device=device, generator=generator)
+    codes = PAGE * d * (tier.k_bits + tier.v_bits) // 8
+    shape = b * h * pages, PAGE
+    radius, weight = (torch.rand(shape, device=device, generator=generator) + 0.5 for _ in range(2))
+    meta = torch.stack([radius, weight], -1).half().contiguous().view(torch.uint8)
+    arena[:, codes:] = meta.view(shape[0], -1)
+    state = empty_state(layout, geometry, arena.view(-1))
+    order = torch.randperm(b * h * pages, device=device, generator=generator) * (size // UNIT)
+    state.table.copy_(order.view(b, h, pages))
+
+    def normal(*dims: int) -> Tensor:
+        return torch.randn(dims, device=device, generator=generator)
+
+    state.anchors.copy_((normal(*state.anchors.shape) * 30).clamp(-127, 127))
+    state.span_scales[..., 0], state.span_scales[..., 1] = 0.03, 1.0
+    state.pair_scale.copy_(1 + 0.1 * normal(*state.pair_scale.shape))
+    state.exact_k.copy_(normal(*state.exact_k.shape))
+    state.exact_v.copy_(normal(*state.exact_v.shape))
+    within = torch.arange(pages * PAGE, dtype=torch.int32, device=device).view(pages, PAGE)
+    for row, held in enumerate(lengths(b, length) if ragged else [length] * b):
+        start, spans = length - held, layout.coded_spans(held)
+        state.rows[row, START], state.rows[row, LENGTH], state.rows[row, FROZEN] = start, length, 1
+        state.rows[row, SPANS] = spans
+        state.positions[row] = torch.where(within < spans * SPAN, start + SINK + within, -1)
+    q = (normal(b, h * g, 1, d) * spread).bfloat16()
+    k, v = (normal(b, h, 1, d).bfloat16() for _ in range(2))
+    return Case(state, layout, q, k, v, torch.tensor([length], device=device), length + 1)
+
+
+def lengths(b: int, longest: int) -> list[int]:
+    """Tokens of each row of a ragged batch, evenly from a quarter of the longest."""
+    return [longest - longest * 3 * row // (4 * max(1, b - 1)) for row in range(b)]
+
+
+def error(case: Case, found: Tensor | None = None) -> float:
+    """Of the first and last row, against float64 over what the cache decodes to; relative to the output's norm."""
+    found, worst = (case.attend() if found is None else found).double(), 0.0
+    b, hq, _, d = case.q.shape
+    for row in {0, b - 1}:
+        one = slice(row, row + 1)
+        state = State(*(x if name == "arena" else x[one] for name, x in zip(State._fields, case.state)))
+        widened = state._replace(exact_k=state.exact_k.float(), exact_v=state.exact_v.float())
+        k, v = dense(widened, case.layout, case.columns, block=256)
+        k[:, :, -1], v[:, :, -1] = case.k[one, :, 0].float(), case.v[one, :, 0].float()
+        k, v = (x[0, :, int(state.rows[0, START]) :].double() for x in (k, v))
+        for head in range(k.shape[0]):
+            group = slice(head * hq // k.shape[0], (head + 1) * hq // k.shape[0])
+            logits = case.q[row, group, 0].double() @ k[head].T * d**-0.5
+            expected = logits.softmax(-1) @ v[head]
+            gap = (found[row, group, 0] - expected).norm() / expected.norm()
+            worst = max(worst, float(gap))
+    return worst
+
+
+def measure(
+    tier: Tier, shape: tuple[int, int, int, int, int], dense_us: float, spread: float = SPREAD, ragged: bool = False
+) -> dict[str, Any]:
+    """One row of the record. Shapes: ``shape`` is B, L, H, G, D."""
+    b, length, h, g, d = shape
+    first = make(tier, *shape, spread=spread, ragged=ragged)
+    count = clock.copies(first.bytes)
+    cases = [first, *(make(tier, *shape, seed, spread, ragged) for seed in range(1, count))]
+    us = clock.timed([case.attend for case in cases])
+    checked = b * length <= 1 << 20
+    return {
+        "what": "sphkv", "tier": str(tier), "B": b, "L": length, "HKV": h, "G": g, "D": d, "us": us,
+        "dense_us": dense_us, "speedup": dense_us / us, "rel_err": error(first) if checked else None,
+        "bytes": first.bytes, "spread": spread, "ragged": ragged,
+    }  # fmt: skip
+
+
+def peer_rows(
+    shape: tuple[int, int, int, int, int], dense_us: float, missing: dict[str, str]
+) -> Iterable[dict[str, Any]]:
+    """A row for every peer that runs here; ``missing`` gets the others, with the reason."""
+    b, length, h, g, d = shape
+    for name, prepare in PEERS.items():
+        torch._dynamo.reset()  # each shape compiles anew, and there is a limit to how often
+        try:
+            peer = prepare(*shape)
+            us = clock.timed(peer.calls)
+        except Exception as refused:  # whatever another package raises is a reason not to time it, and no more
+            missing[f"{name}, B {b}, L {length}, D {d}"] = f"{type(refused).__name__}: {refused}".splitlines()[0]
+            continue
+        yield {
+            "what": name, "tier": peer.tier, "B": b, "L": length, "HKV": h, "G": g, "D": d, "us": us,
+            "dense_us": dense_us, "speedup": dense_us / us, "rel_err": peer.error, "bytes": peer.bytes,
+            "spread": SPREAD, "ragged": False,
+        }  # fmt: skip
+        del peer
+        torch.cuda.empty_cache()
+
+
+def run(
+    batches: list[int], lengths_: list[int], dims: list[int], tiers: list[str], spreads: list[float],
+    ragged: bool, peers: bool, heads: int, group: int,
+) -> tuple[list[dict[str, Any]], dict[str, str]]:  # fmt: skip
+    """Every row, and the peers that are missing, with the reason."""
+    ceiling, rows = clock.read_ceiling(), []
+    missing: dict[str, str] = {}
+    for shape in ((b, length, heads, group, d) for d in dims for b in batches for length in lengths_):
+        dense_us, which = clock.dense_time(*shape)
+        torch.cuda.empty_cache()
+        kinds = [(spread, False) for spread in spreads] + [(SPREAD, True)] * (ragged and shape[0] > 1)
+        for name in tiers:
+            for spread, uneven in kinds:
+                row = measure(Tier.parse(name), shape, dense_us, spread, uneven)
+                # dense reads a padded batch whole; that it would need a mask besides is not held against it
+                rows.append(row | {"dense": f"{which}, padded" if uneven else which, "ceiling_tbps": ceiling})
+                torch.cuda.empty_cache()
+        if peers:
+            rows += [row | {"dense": which, "ceiling_tbps": ceiling} for row in peer_rows(shape, dense_us, missing)]
+    return rows, missing
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The rows for a person."""
+    out = Table("", "tier", "B", "L", "D", "dense us", "us", "speedup", "% of ceiling", "error")
+    for r in rows:
+        kind = " ragged" * r["ragged"] + f" spread {r['spread']:g}" * (r["spread"] != SPREAD)
+        share = r["bytes"] / r["us"] / 1e4 / r["ceiling_tbps"]
+        cells = f"{r['dense_us']:.1f} ({r['dense']})", f"{r['us']:.1f}", f"{r['speedup']:.2f}", f"{share:.0f}"
+        error_ = "-" if r["rel_err"] is None else f"{r['rel_err']:.1e}"
+        out.add_row(r["what"] + kind, r["tier"], str(r["B"]), f"{r['L']:,}", str(r["D"]), *cells, error_)
+    return out

@@ -1,0 +1,62 @@
+"""The record of a bench: one JSON file that says on what it was measured."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROW = ("what", "tier", "B", "L", "HKV", "G", "D", "us", "dense_us", "speedup", "rel_err", "bytes", "ceiling_tbps")
+"""What every row of the attention bench holds. Units: microseconds, bytes, TB/s."""
+MODEL_ROW = (
+    "what", "tier", "B", "L", "tokens_per_s", "ms", "speedup", "peak_bytes", "kv_bytes", "ttft_s", "cudagraphs",
+)  # fmt: skip
+"""What every row of the model bench holds. Units: milliseconds a step, bytes, seconds."""
+
+
+def header(device: str) -> dict[str, Any]:
+    """Card or processor, versions, date."""
+    names = ("torch", "triton", "transformers")
+    return {"card": card(device), **{name: version(name) for name in names}, "date": time.strftime("%Y-%m-%d")}
+
+
+def card(device: str) -> str:
+    """What the device is called."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
+
+
+def version(package: str) -> str | None:
+    """Of an installed package; None where it is not."""
+    try:
+        return torch.__version__ if package == "torch" else importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def save(record: dict[str, Any], bench: str, name: str | None, out: Path | None) -> Path | None:
+    """Write ``<bench>_<name>.json`` into ``out``, or into the current folder; nothing without a name."""
+    if name is None:
+        return None
+    folder = out or Path()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{bench}_{name}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
+
+
+def numbers(text: str) -> list[int]:
+    """``"1,8"`` -> [1, 8]."""
+    return [int(part) for part in text.split(",")]
+
+
+def missing(row: dict[str, Any], keys: Sequence[str] = ROW) -> list[str]:
+    """Keys that a row lacks."""
+    return [key for key in keys if key not in row]

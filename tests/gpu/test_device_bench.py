@@ -1,0 +1,27 @@
+"""The benches on a device, small: attention is right in every kind of row, and a step is a replayed CUDA graph."""
+
+import pytest
+import torch
+
+from sphkv_compile.bench import attention
+from sphkv_compile.bench.model import faults, measure
+from sphkv_compile.bench.record import missing
+from sphkv_compile.bench.sides import Job
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a device")]
+
+
+def test_attention_rows():
+    rows, absent = attention.run([2], [4096], [64, 128], ["K4V4", "K4V2"], [2.0, 8.0], True, True, 2, 4)
+    assert not any(missing(row) for row in rows)
+    ours = [row for row in rows if row["what"] == "sphkv"]
+    assert len(ours) == 12 and max(row["rel_err"] for row in ours) < 5e-3
+    peers = {row["what"] for row in rows} - {"sphkv"}
+    assert {"fp8 cache, Inductor", "int4 cache, Inductor", "FlexAttention"} <= peers, absent
+
+
+@pytest.mark.parametrize("name", ["hf", "loop", "K4V4"])
+def test_a_step_is_a_replayed_graph(name):
+    torch._dynamo.reset()
+    row = {"what": name, "tier": name} | measure(Job(shape="tiny", batch=2, length=1024, steps=16, ttft=True), name)
+    assert "failed" not in row and not faults(row, "cuda")
