@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sphkv_compile.lowering import compat
-from sphkv_compile.ops.decode import checked_library
+from sphkv_compile.ops.decode import check_kernels
 from sphkv_compile.passes.lift import lift, strip_owned
 from sphkv_compile.passes.match import Verdict, match
 from sphkv_compile.passes.normalize import normalize, settle
@@ -83,6 +83,7 @@ def compile_inner(
     dense, prologue, count = snapshot(gm), prologue_of(gm, sites), token_counter(gm, sites[0])
     spec = resolve(spec, [geometry(site) for site in sites])
     rewritten = rewrite(gm, sites, spec)
+    run_on = rewritten.state_inputs[0].device
     settle(gm)
     verify(gm, rewritten)
     log.compiled(verdicts, spec, before, graph_text(gm), rewritten)
@@ -91,9 +92,9 @@ def compile_inner(
     if "static_input_idxs" in kwargs:
         kwargs["static_input_idxs"] = _static_inputs(kwargs["static_input_idxs"], rewritten)
     run = compiler(gm, inputs, **kwargs)
-    if rewritten.state_inputs[0].device.type == "cpu":
-        with _disable_current_modes():  # here every new tensor would be a fake one
-            checked_library()  # built and checked while we compile, not in the first step
+    with _disable_current_modes():  # here every new tensor would be a fake one
+        for site, binding in zip(sites, rewritten.bindings):
+            check_kernels(binding.layout, geometry(site), int(site.q.meta["val"].shape[1]), run_on)
     return Runner(run, dense, prologue, rewritten, count, lookout, spec)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch._functorch.config
 from torch._dynamo.utils import counters
+from torch._guards import CompileContext
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.fx import GraphModule
 
@@ -34,6 +35,11 @@ def functorch_patches() -> Iterator[None]:
     """AOTAutograd's cache would skip our passes, and keep graphs in which nothing was matched."""
     with torch._functorch.config.patch(enable_autograd_cache=False):
         yield
+
+
+def compiling() -> bool:
+    """Whether this thread compiles: torch 2.11 raises its own flag later than Dynamo's first look at the inputs."""
+    return torch.compiler.is_compiling() or CompileContext.try_get() is not None
 
 
 def interpret(gm: GraphModule, example_inputs: list, **kwargs: Any) -> Callable:

@@ -17,7 +17,7 @@ from sphkv_compile.spec import Tier
 from sphkv_compile.storage.layout import UNIT, Layout
 from sphkv_compile.storage.state import Geometry, State, empty_state
 
-__all__ = ["append_in_window", "attend", "checked_library", "on_device", "packing"]
+__all__ = ["append_in_window", "attend", "check_kernels", "checked_library", "on_device", "packing"]
 
 
 def packing(codec: str, tier: Tier, page: int, k_dim: int, v_dim: int, device: torch.device) -> str:
@@ -104,6 +104,21 @@ def _served(layout: Layout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
     )
 
 
+def check_kernels(layout: Layout, g: Geometry, heads: int, device: torch.device) -> None:
+    """Build and check what will serve such a cache, while the graph is compiled and not in its first step.
+
+    Args:
+        heads: query heads.
+
+    Raises:
+        RuntimeError: a GPU's kernels give wrong results.
+    """
+    if device.type == "cpu":
+        checked_library()
+    elif layout.tiled:
+        check_device(layout, g.k_dim, heads // g.heads, g.k_dtype, device)
+
+
 @lru_cache(None)
 def checked_library() -> binding.Library | None:
     """The fused kernel once it has agreed with the block-wise path on this machine; None, with one warning, if not."""
@@ -120,6 +135,56 @@ def checked_library() -> binding.Library | None:
     )
     return None
 
+
+@lru_cache(None)
+def check_device(layout: Layout, dim: int, group: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Let the GPU's kernels agree with the block-wise path on a small cache, once for each kind of cache and device.
+
+    What they keep between steps is made here too, outside of any CUDA graph that may be recorded later.
+
+    Raises:
+        RuntimeError: they disagree.
+    """
+    from sphkv_compile.kernels.gpu import launch
+
+    group = min(group, launch.HEADS)
+    count = layout.sink + layout.window + 2 * layout.span - 1  # the next token completes the second span
+    shape = Geometry(1, 1, count + 1, dim, dim, dtype, dtype, False)
+    pages = layout.spans(count + 1, False) * layout.pages_per_span
+    size = layout.page_bytes(layout.tiers[0], dim, dim, shape.itemsize)
+    arenas = torch.zeros(2, pages * size, dtype=torch.uint8, device=device)
+    ours, portable = (empty_state(layout, shape, arena) for arena in arenas)
+    wave = torch.arange((group + 2) * (count + 1) * dim, device=device).double().mul(0.7).sin().mul(3)
+    wave = wave.to(dtype).view(1, group + 2, count + 1, dim)
+    q, k, v = wave[:, :group], wave[:, group : group + 1], wave[:, group + 1 :]
+    (q, k, v), (q_new, k_new, v_new) = (
+        [x[:, :, part] for x in (q, k, v)] for part in (slice(count), slice(count, None))
+    )
+    for state in (ours, portable):
+        state.table.copy_(torch.arange(pages, dtype=torch.int32) * (size // UNIT))
+        append_python(state, layout, q, k, v, 0, [0])
+    columns, where = count + 1, torch.tensor([count], device=device)
+    mask = torch.ones(1, 1, 1, columns, dtype=torch.bool, device=device)
+    found = launch.attend(ours, layout, q_new, k_new, v_new, where, None, columns, mask, None, False).float()
+    wide = q_new.float(), k_new.float(), v_new.float()
+    expected = blockwise.attend(portable, layout, *wide, count, 0, columns, mask, False, None)
+    gap = float((found - expected).norm() / expected.norm())
+    launch.append(ours, layout, q_new, k_new, v_new, where, None, mask, False)
+    append_python(portable, layout, q_new, k_new, v_new, count, [0])
+    pairs = ((ours.arena, portable.arena), (ours.anchors, portable.anchors), (ours.rows, portable.rows))
+    differ = max(float((a != b).double().mean()) for a, b in pairs)
+    if not (gap < _CLOSE and differ < _SAME):
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreted"
+        raise RuntimeError(
+            f"sphkv: on {device} ({name}) the fused kernels for {layout.summary} differ from the portable path: attention "
+            f"by {gap:.2g} of the output (expected less than {_CLOSE}), {differ:.2g} of the codes (expected less than {_SAME}). They would give "
+            "wrong answers, so nothing is compiled. Update Triton and the driver, or choose a codec that runs without "
+            "them: options={'codec': 'pair_polar'}."
+        )
+
+
+_CLOSE = 2e-2
+"""The model's dtype and float16 products round by a few thousandths; one wrong token or plane gives over a tenth."""
 
 _SAME = 1e-4
 """float32 rounding is a hundred times less, a wrong level or a wrong token a hundred times more."""

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from sphkv_compile.lowering import compat
 from sphkv_compile.ops import schema
 from sphkv_compile.ops.append import append
 from sphkv_compile.ops.read import dense
@@ -195,6 +196,8 @@ _METADATA = {
        "itemsize", "nbytes")),
     _T.size, _T.dim, _T.stride, _T.numel, _T.element_size, _T.is_inference, _T.is_contiguous, _T.storage_offset,
     _T.is_floating_point, _T.is_complex, _T.get_device, _T.ndimension, _T.nelement, _T.__len__,
+    _T._is_view,  # Dynamo of torch 2.11 asks, at each compile
+    _T.is_conj, _T.is_neg, _T.is_signed,
 }  # fmt: skip
 
 
@@ -214,7 +217,7 @@ class Guarded(torch.Tensor):
                 with _plain():
                     args = [schema.owned(a) if isinstance(a, Guarded) else a for a in args]
                     return func(*args, **kwargs)
-        elif not torch.compiler.is_compiling() and func not in _METADATA:
+        elif not compat.compiling() and func not in _METADATA:
             leaves = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Guarded)]
             for leaf in leaves:
                 restore(leaf, getattr(func, "__name__", str(func)))

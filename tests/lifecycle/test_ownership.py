@@ -61,6 +61,7 @@ class TestImportAndExport:
         keys = cache.layers[0].keys
         assert keys.dtype == torch.float32 and keys.shape[0] == 2 and keys.dim() == 4 and keys.device.type == "cpu"
         assert len(keys) == 2 and keys.numel() > 0 and keys.element_size() == 4 and not keys.requires_grad
+        assert not keys._is_view() and not keys.is_conj() and not keys.is_neg() and keys.is_signed()
         assert owners(cache)[0].exports == 0
 
     def test_reading_decodes_once(self, m):

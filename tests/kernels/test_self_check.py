@@ -1,0 +1,51 @@
+"""The check that runs on each device before a cache is entrusted to its kernels."""
+
+import pytest
+import torch
+
+from sphkv_compile.kernels.gpu import launch
+from sphkv_compile.ops.decode import check_device
+from sphkv_compile.spec import Tier
+from sphkv_compile.storage.layout import Layout
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted only where there is no device")
+LAYOUT = Layout("axis_cosine", (Tier(4, 4),), 4, 32, 128, 64, 0, "half", 64, "tiles")
+
+
+@pytest.fixture(autouse=True)
+def afresh():
+    check_device.cache_clear()
+
+
+def run():
+    check_device(LAYOUT, 64, 2, torch.float32, torch.device("cpu"))
+
+
+def test_sound_kernels_pass():
+    run()
+
+
+def test_a_wrong_answer_is_refused(monkeypatch):
+    attend = launch.attend
+    monkeypatch.setattr(launch, "attend", lambda *arguments: attend(*arguments).roll(1, -1))
+    with pytest.raises(RuntimeError, match=r"fused kernels for K4V4.*attention by"):
+        run()
+
+
+def test_wrong_codes_are_refused(monkeypatch):
+    append = launch.append
+
+    def late(state, *arguments):
+        append(state, *arguments)
+        state.arena.copy_(state.arena.roll(16))
+
+    monkeypatch.setattr(launch, "append", late)
+    with pytest.raises(RuntimeError, match="of the codes"):
+        run()
+
+
+def test_not_a_number_is_refused(monkeypatch):
+    attend = launch.attend
+    monkeypatch.setattr(launch, "attend", lambda *arguments: attend(*arguments) * float("nan"))
+    with pytest.raises(RuntimeError, match="attention by nan"):
+        run()
