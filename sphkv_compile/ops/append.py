@@ -112,12 +112,8 @@ def _append_rows(
         spans = _reopen(state, layout, rows, first)
     coded = layout.coded_spans(end - rows.start)
     if coded > spans:
-        at = begin + spans * layout.span
-        k_all, v_all = _exact_run(state, layout, rows, at, min(from_, end), k_new, v_new, from_)
-        frozen = _encode(state, layout, rows, k_all, v_all, spans, coded)
-    else:
-        frozen = rows.frozen
-    spans = max(spans, coded)
+        _encode(state, layout, rows, k, v, first, range(spans, coded))
+    spans, frozen = max(spans, coded), 1 if coded > spans else rows.frozen
     keep = min(end, max(from_, begin + spans * layout.span, end - ring))
     slots = layout.sink + torch.arange(keep, end) % ring
     _store(state, rows, k_new[:, :, keep - from_ :], v_new[:, :, keep - from_ :], slots)
@@ -139,12 +135,20 @@ def _store(state: State, rows: _Rows, k: Tensor, v: Tensor, slots: Tensor) -> No
         state.exact_v[index] = v[:, :, :count]
 
 
-def _exact_run(state, layout, rows, at: int, stop: int, k_new: Tensor, v_new: Tensor, from_: int):
-    """Exact keys and values of positions ``at``.. to the end: those in the ring, then the new ones."""
-    held = layout.sink + torch.arange(at, max(at, stop)) % layout.ring
-    skip = max(0, at - from_)
-    pairs = ((state.exact_k, k_new), (state.exact_v, v_new))
-    return tuple(torch.cat([rows.of(ring)[:, :, held.to(ring.device)], new[:, :, skip:]], 2) for ring, new in pairs)
+def _exact_run(
+    state: State, layout: Layout, rows: _Rows, k: Tensor, v: Tensor, first: int, spans: range
+) -> tuple[Tensor, Tensor]:
+    """Exact keys and values of spans: from the ring up to position ``first``, then from the new tokens.
+
+    Shapes: ``k`` [B, H, T, D] -> [rows, H, spans, span, D].
+    """
+    begin, count = rows.start + layout.sink, len(spans) * layout.span
+    at = begin + spans.start * layout.span
+    held = layout.sink + torch.arange(at, max(at, min(first, at + count))) % layout.ring
+    new = slice(max(0, at - first), max(0, at - first) + count - held.numel())
+    pairs = ((state.exact_k, k), (state.exact_v, v))
+    k, v = (torch.cat([rows.of(ring)[:, :, held.to(ring.device)], rows.of(x)[:, :, new]], 2) for ring, x in pairs)
+    return k.unflatten(2, (-1, layout.span)), v.unflatten(2, (-1, layout.span))
 
 
 def _observe(state: State, layout: Layout, rows: _Rows, q: Tensor, first: int) -> None:
@@ -171,41 +175,53 @@ def _observe(state: State, layout: Layout, rows: _Rows, q: Tensor, first: int) -
         state.moments[rows.index.to(q.device)] += total
 
 
-def _encode(state: State, layout: Layout, rows: _Rows, k: Tensor, v: Tensor, spans: int, coded: int) -> int:
-    """Encode spans ``spans``..``coded`` from their exact values."""
-    new, (b, h, _, d) = coded - spans, k.shape
-    k = k[:, :, : new * layout.span].unflatten(2, (new, layout.span))
-    v = v[:, :, : new * layout.span].unflatten(2, (new, layout.span))
-    members, tier = rows.index.to(k.device), layout.tiers[0]
-    if not rows.frozen and spans == 0:
-        state.pair_scale[members] = _learn(state, layout, rows, k[:, :, 0])
-    scale = rows.of(state.pair_scale).unsqueeze(2)
-    pages, keys = encode_span(k, v, scale.expand(b, h, new, d), layout, tier)
+def _encode(state: State, layout: Layout, rows: _Rows, k: Tensor, v: Tensor, first: int, spans: range) -> None:
+    """Encode spans from their exact values: what the window holds before position ``first``, the new tokens from it on.
 
+    Shapes: ``k`` [B, H, T, D], ``v`` [B, H, T, Dv].
+    """
+    if not rows.frozen and spans.start == 0:
+        learnt, _ = _exact_run(state, layout, rows, k, v, first, spans[:1])
+        state.pair_scale[rows.index.to(k.device)] = _learn(state, layout, rows, learnt[:, :, 0])
     total = state.anchors.shape[2]
-    slots = (torch.arange(spans, coded, device=k.device)) % total
-    keep = slots.numel() - min(new, total)  # a rolling window longer than one lap: the older spans are out of sight
-    place = (
-        slots[keep:].unsqueeze(-1) * layout.pages_per_span + torch.arange(layout.pages_per_span, device=k.device)
-    ).flatten()
-    at = members.view(-1, 1, 1), torch.arange(h, device=k.device).view(1, -1, 1), place
-    offsets = state.table[at]
+    spans = spans[-total:]  # a rolling window longer than one lap: the older spans are out of sight
+    slots = torch.arange(spans.start, spans.stop, device=k.device) % total
+    each = torch.arange(layout.pages_per_span, device=k.device)
+    pages = (slots.unsqueeze(-1) * layout.pages_per_span + each).flatten()
+    members, heads = rows.index.to(k.device).view(-1, 1, 1), torch.arange(k.shape[1], device=k.device).view(1, -1, 1)
+    offsets = state.table[members, heads, pages]
     if bool((offsets < 0).any()):
         raise RuntimeError(
             "sphkv: no page is reserved for a span that leaves the window; the plan of this step was skipped"
         )
-    write_pages(state, layout, tier, offsets, type(pages)(*(part[:, :, keep:].flatten(2, 3) for part in pages)))
+    if layout.tiled and k.device.type == "cuda":
+        from sphkv_compile.kernels.gpu import bulk  # Triton is loaded where there is something to launch
+
+        return bulk.encode(state, layout, rows.index, k, v, rows.start + layout.sink, spans, first)
+    _write(state, layout, rows, *_exact_run(state, layout, rows, k, v, first, spans), spans, (members, heads, pages))
+
+
+def _write(state: State, layout: Layout, rows: _Rows, k: Tensor, v: Tensor, spans: range, at: tuple[Tensor, ...]):
+    """Encode whole spans into the pages ``at``: the portable path.
+
+    Shapes: ``k`` [rows, H, spans, span, D], ``v`` [rows, H, spans, span, Dv].
+    """
+    b, h, new, _, d = k.shape
+    scale = rows.of(state.pair_scale).unsqueeze(2)
+    tier = layout.tiers[0]
+    pages, keys = encode_span(k, v, scale.expand(b, h, new, d), layout, tier)
+    write_pages(state, layout, tier, state.table[at], type(pages)(*(part.flatten(2, 3) for part in pages)))
     origin = rows.start + layout.sink
     tokens = torch.arange(
-        origin + spans * layout.span, origin + coded * layout.span, dtype=torch.int32, device=k.device
+        origin + spans.start * layout.span, origin + spans.stop * layout.span, dtype=torch.int32, device=k.device
     )
-    state.positions[at] = tokens[keep * layout.span :].view(1, 1, -1, layout.page)
+    state.positions[at] = tokens.view(1, 1, -1, layout.page)
     state.tiers[at] = 0
     if keys is not None:
-        at = (*at[:2], slots[keep:])
-        state.anchors[at] = keys.anchor[:, :, keep:]
-        state.span_scales[at] = torch.stack([keys.anchor_scale, keys.top], -1)[:, :, keep:].to(torch.bfloat16)
-    return 1
+        members, heads, slots = at
+        slots = slots[:: layout.pages_per_span] // layout.pages_per_span
+        scales = torch.stack([keys.anchor_scale, keys.top], -1).to(torch.bfloat16)
+        state.anchors[members, heads, slots], state.span_scales[members, heads, slots] = keys.anchor, scales
 
 
 def _learn(state: State, layout: Layout, rows: _Rows, k: Tensor) -> Tensor:

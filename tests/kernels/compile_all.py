@@ -28,7 +28,7 @@ TYPES = {
     torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8",
     torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
-OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
+OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg", "enable_fp_fusion")
 CONFIGURATIONS = [  # tier, head_dim, dtype, masked, rolling
     ("K4V4", 128, torch.bfloat16, True, False),
     ("K4V4", 128, torch.bfloat16, False, False),
