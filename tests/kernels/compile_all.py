@@ -61,7 +61,7 @@ def launches(capability, tier, dim, dtype, masked, rolling):
         for name in names:
             kernel = getattr(module, name)
             setattr(module, name, Recorder(kernel.kernel if isinstance(kernel, Recorder) else kernel, calls))
-    launch._converts, launch._depends = (lambda device: capability >= 89), (lambda device: capability >= 90)
+    launch.converts, launch._depends = (lambda device: capability >= 89), (lambda device: capability >= 90)
     q, (k, v) = torch.zeros(1, 32, 1, dim, dtype=dtype), torch.zeros(2, 1, 8, 1, dim, dtype=dtype)
     mask = torch.zeros(1, 1, 1, 4096, dtype=torch.bool) if masked else None
     pos = torch.zeros(1, dtype=torch.int64)

@@ -90,7 +90,7 @@ def attend(
     lse = torch.empty(b * h, slices, HEADS, dtype=torch.float32, device=device)
     out = torch.empty(b, hq, 1, d, dtype=q.dtype, device=device)
     (tier,) = layout.tiers
-    twin = not _converts(device)
+    twin = not converts(device)
     depends = _depends(device)
     qscale = (d**-0.5 if scale is None else scale) * LOG2E
     signs = signs_of(layout, d, device)
@@ -182,7 +182,7 @@ def _processors(device: torch.device) -> int:
 
 
 @lru_cache(None)
-def _converts(device: torch.device) -> bool:
+def converts(device: torch.device) -> bool:
     """Whether the device has e4m3 conversion; the interpreter has no assembly at all."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
