@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -194,14 +196,23 @@ def _encode(state: State, layout: Layout, rows: _Rows, k: Tensor, v: Tensor, fir
         raise RuntimeError(
             "sphkv: no page is reserved for a span that leaves the window; the plan of this step was skipped"
         )
-    if layout.tiled and k.device.type == "cuda":
-        from sphkv_compile.kernels.gpu import bulk  # Triton is loaded where there is something to launch
-
-        return bulk.encode(state, layout, rows.index, k, v, rows.start + layout.sink, spans, first)
+    if (fused := on_device(layout, k)) is not None:
+        return fused.encode(state, layout, rows.index, k, v, rows.start + layout.sink, spans, first)
     _write(state, layout, rows, *_exact_run(state, layout, rows, k, v, first, spans), spans, (members, heads, pages))
 
 
-def _write(state: State, layout: Layout, rows: _Rows, k: Tensor, v: Tensor, spans: range, at: tuple[Tensor, ...]):
+def on_device(layout: Layout, k: Tensor) -> ModuleType | None:
+    """The GPU's encoder of many spans, if it serves this layout; else None."""
+    if not layout.tiled or k.device.type != "cuda":
+        return None
+    from sphkv_compile.kernels.gpu import bulk  # Triton is loaded where there is something to launch
+
+    return bulk if len(layout.tiers) == 1 else None
+
+
+def _write(
+    state: State, layout: Layout, rows: _Rows, k: Tensor, v: Tensor, spans: range, at: tuple[Tensor, ...]
+) -> None:
     """Encode whole spans into the pages ``at``: the portable path.
 
     Shapes: ``k`` [rows, H, spans, span, D], ``v`` [rows, H, spans, span, Dv].

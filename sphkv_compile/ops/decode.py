@@ -40,6 +40,15 @@ def on_device(
     return launch if launch.call_served(layout, q, k, v, mask, is_causal) else None
 
 
+def many_on_device(layout: Layout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> ModuleType | None:
+    """The GPU's attention of any number of new tokens, if it serves such a call; else None. It reads counters."""
+    if not layout.tiled or q.device.type != "cuda":
+        return None
+    from sphkv_compile.kernels.gpu import bulk
+
+    return bulk if bulk.attend_served(layout, q, k, v, mask) else None
+
+
 def attend(
     state: State,
     layout: Layout,
@@ -59,6 +68,9 @@ def attend(
         out = binding.attend(library, *arguments)
         if out is not None:
             return out
+    if (fused := many_on_device(layout, q, k, v, mask)) is not None:
+        blockwise.refuse_dropped(state, first, base, k.shape[2], mask)
+        return fused.attend(*arguments)
     return blockwise.attend(*arguments)  # which also refuses a mask that shows dropped slots
 
 

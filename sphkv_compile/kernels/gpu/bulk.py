@@ -73,32 +73,38 @@ def attend(
     T or 1, columns or more].
     """
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    lo = hi = None
-    holes = False
+    lo = hi = bits = None
     if mask is not None:
-        mask = mask if mask.stride(3) == 1 else mask.contiguous()
-        lo, hi, holes = _extents(mask, columns)
+        lo, hi, bits = extents_of(mask if mask.stride(3) == 1 else mask.contiguous(), columns)
     nothing_held = all(start < 0 or first <= start for start in state.rows[:, START].tolist())
-    if nothing_held and _only_causal(first - base, q.shape[2], lo, hi, holes, is_causal):
+    if nothing_held and _only_causal(first - base, q.shape[2], lo, hi, bits, is_causal):
         return _alone(q, k, v, is_causal or mask is not None, scale)
-    return _over_codes(state, layout, q, k, v, first, base, columns, mask, is_causal, scale, lo, hi, holes)
+    return over_codes(state, layout, q, k, v, first, base, columns, is_causal, scale, lo, hi, bits)
 
 
-def _extents(mask: Tensor, columns: int) -> tuple[Tensor, Tensor, bool]:
-    """The interval of columns that each row of a mask shows, and whether some row shows no interval.
+def extents_of(mask: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The interval of columns that each row of a mask shows; if some row shows no interval, a bit for every column too.
 
-    Shapes: -> int32[B or 1, T or 1], the same.
+    Shapes: -> int32[B or 1, T or 1], the same, int32[B or 1, T or 1, words].
     """
     b, _, t, _ = mask.shape
+    words = triton.cdiv(columns, 256) * 8 + 6  # whole words on either side, so that a block may begin anywhere
     lo, hi = torch.empty(2, b, t, dtype=torch.int32, device=mask.device)
     holes = torch.zeros(1, dtype=torch.int32, device=mask.device)
-    extents[(triton.cdiv(t, 16), b)](
-        mask.view(torch.uint8), lo, hi, holes, t, columns, mask.stride(0), mask.stride(2), ROWS=16, BLOCK=256
-    )
-    return lo, hi, bool(holes)
+    bytes_ = mask.view(torch.uint8)
+    launched = extents[(triton.cdiv(t, 16), b)]
+    numbers = t, columns, mask.stride(0), mask.stride(2), words
+    launched(bytes_, lo, hi, holes, holes, *numbers, ROWS=16, PACK=False)
+    if not bool(holes):
+        return lo, hi, None
+    bits = torch.zeros(b, t, words, dtype=torch.int32, device=mask.device)
+    launched(bytes_, lo, hi, holes, bits, *numbers, ROWS=16, PACK=True)
+    return lo, hi, bits
 
 
-def _only_causal(own: int, count: int, lo: Tensor | None, hi: Tensor | None, holes: bool, is_causal: bool) -> bool:
+def _only_causal(
+    own: int, count: int, lo: Tensor | None, hi: Tensor | None, bits: Tensor | None, is_causal: bool
+) -> bool:
     """Whether, with nothing held, new tokens see each other causally or without any mask.
 
     Args:
@@ -106,7 +112,7 @@ def _only_causal(own: int, count: int, lo: Tensor | None, hi: Tensor | None, hol
     """
     if lo is None or hi is None:
         return own == 0 or not is_causal
-    if is_causal or holes or lo.shape[1] != count:
+    if is_causal or bits is not None or lo.shape[1] != count:
         return False
     ends = torch.arange(own + 1, own + count + 1, device=hi.device)
     return bool((hi == ends).all() & (lo <= own).all())
@@ -120,41 +126,41 @@ def _alone(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None
     return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=group > 1).contiguous()
 
 
-def _over_codes(state, layout, q, k, v, first, base, columns, mask, is_causal, scale, lo, hi, holes) -> Tensor:
+def over_codes(state, layout, q, k, v, first, base, columns, is_causal, scale, lo, hi, bits) -> Tensor:
     b, hq, t, d = q.shape
     h, device = k.shape[1], q.device
     g = hq // h
     (tier,) = layout.tiers
-    wide = q.dtype == torch.float32 or d == 256
-    rows = min(64 if wide else 128, max(16, triton.next_power_of_2(t * g)))
-    qscale = (d**-0.5 if scale is None else scale) * LOG2E
     signs, twin = signs_of(layout, d, device), not converts(device)
+    single = q.dtype == torch.float32
+    few = d == 256 or bits is not None or t * g <= 64
+    rows = 32 if single or twin else 64 if few else 128  # as many as registers allow
+    qscale = (d**-0.5 if scale is None else scale) * LOG2E
     turned = torch.empty(b * h, t * g, d, dtype=torch.float16, device=device)
     out = torch.empty(b, hq, t, d, dtype=q.dtype, device=device)
-    shown = state.rows if mask is None else mask.view(torch.uint8)
-    bounds = (state.rows, state.rows) if lo is None else (lo, hi)
+    bounds = tuple(state.rows if x is None else x for x in (lo, hi, bits))  # what is not there is not read
     turn_queries[(triton.cdiv(t * g, 32), b * h)](
         q, state.pair_scale, signs, turned, t, qscale * words.step(tier.k_bits), *q.stride()[:3], h,
         G=g, D=d, ROWS=32, num_warps=4,
     )  # fmt: skip
     prefill[(triton.cdiv(t * g, rows), b * h)](
         q, k, v, turned, state.arena.view(torch.int32), state.table, state.anchors, state.span_scales,
-        state.exact_k, state.exact_v, signs, state.rows, *bounds, shown, out,
+        state.exact_k, state.exact_v, signs, state.rows, *bounds, out,
         first, base, columns, t, qscale, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *_steps(lo, 0, 1), *_steps(mask, 0, 2), h, max(1, state.anchors.shape[2]), max(1, state.table.shape[2]),
+        *_steps(lo), *_steps(bits), h, max(1, state.anchors.shape[2]), max(1, state.table.shape[2]),
         G=g, D=d, KB=tier.k_bits, VB=tier.v_bits, SPAN=layout.span, SINK=layout.sink, RING=layout.ring,
         KSTEP=words.step(tier.k_bits), VSTEP=words.step(tier.v_bits),
         KASM="" if twin else words.assembly(tier.k_bits), VASM="" if twin else words.assembly(tier.v_bits),
         KTABLE=words.lookup(tier.k_bits), VTABLE=words.lookup(tier.v_bits),
-        CAUSAL=is_causal, BOUNDED=lo is not None, MASKED=holes,
-        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
-        ROWS=rows, STAGES=2, num_stages=2, num_warps=8 if rows >= 64 else 4,
+        CAUSAL=is_causal, BOUNDED=lo is not None, MASKED=bits is not None,
+        PRECISION="tf32x3" if single else "tf32",
+        ROWS=rows, BLOCK=32 if single or twin or d == 256 else 64, STAGES=2, num_stages=2, num_warps=8,
     )  # fmt: skip
     return out
 
 
-def _steps(x: Tensor | None, row: int, token: int) -> tuple[int, int]:
+def _steps(x: Tensor | None) -> tuple[int, int]:
     """Strides over rows and tokens of what may be the same for all of them."""
     if x is None:
         return 0, 0
-    return x.stride(row) if x.shape[row] > 1 else 0, x.stride(token) if x.shape[token] > 1 else 0
+    return x.stride(0) if x.shape[0] > 1 else 0, x.stride(1) if x.shape[1] > 1 else 0

@@ -6,7 +6,7 @@ so that one product gives whole logits; its values are summed in the turned fram
 tokens are added, under the same running maximum.
 
 All logits are in units of log 2. What a query may see is an interval of columns, from a mask too where its rows are
-intervals (causal, left-padded, sliding); only a mask with holes is read again beside every key.
+intervals (causal, left-padded, sliding); only a mask with holes is looked at beside every key, a bit for each.
 """
 
 from __future__ import annotations
@@ -20,29 +20,64 @@ from sphkv_compile.kernels.gpu.words import elements
 
 
 @triton.jit
-def extents(MASK, LO, HI, HOLES, T, columns, mask_row, mask_token, ROWS: constexpr, BLOCK: constexpr):
-    """The columns that each row of a mask shows: from, to, and whether any row has a hole between.
+def extents(
+    MASK, LO, HI, HOLES, BITS, T, columns, mask_row, mask_token, words, ROWS: constexpr, PACK: constexpr
+):  # fmt: skip
+    """The columns that each row of a mask shows: from, to, and whether any row has a hole between; or a bit for each.
 
     Grid: (ceil(T / ROWS), B). Shapes: ``MASK`` uint8[B, 1, T, columns] -> ``LO`` / ``HI`` int32[B, T], 0 for a row
-    that shows nothing; ``HOLES`` int32[1], set to 1 or left.
+    that shows nothing; ``HOLES`` int32[1], set to 1 or left; if PACK ``BITS`` int32[B, T, words] instead, behind two
+    words of nothing.
     """
     b = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = (t < T)[:, None]
     low = tl.full([ROWS], 2147483647, tl.int32)
     stop = tl.zeros([ROWS], tl.int32)
     count = tl.zeros([ROWS], tl.int32)
     rows = MASK + b * mask_row + t.to(tl.int64)[:, None] * mask_token
-    for at in tl.range(0, columns, BLOCK):
-        column = (at + tl.arange(0, BLOCK))[None, :]
-        seen = tl.load(rows + column, mask=(t < T)[:, None] & (column < columns), other=0) != 0
-        low = tl.minimum(low, tl.min(tl.where(seen, column, 2147483647), 1))
-        stop = tl.maximum(stop, tl.max(tl.where(seen, column + 1, 0), 1))
-        count += tl.sum(seen.to(tl.int32), 1)
-    low = tl.minimum(low, stop)
-    tl.store(LO + b * T + t, low, mask=t < T)
-    tl.store(HI + b * T + t, stop, mask=t < T)
-    if tl.max((stop - low - count), 0) > 0:
-        tl.store(HOLES, 1)
+    for at in tl.range(0, columns, 256):
+        column = (at + tl.arange(0, 256))[None, :]
+        seen = tl.load(rows + column, mask=inside & (column < columns), other=0) != 0
+        if PACK:
+            bits = tl.reshape(seen.to(tl.int32), (ROWS, 8, 32)) << tl.arange(0, 32)[None, None, :]
+            word = (b * T + t)[:, None] * words + 2 + at // 32 + tl.arange(0, 8)[None, :]
+            tl.store(BITS + word, tl.sum(bits, 2), mask=inside)
+        else:
+            low = tl.minimum(low, tl.min(tl.where(seen, column, 2147483647), 1))
+            stop = tl.maximum(stop, tl.max(tl.where(seen, column + 1, 0), 1))
+            count += tl.sum(seen.to(tl.int32), 1)
+    if not PACK:
+        low = tl.minimum(low, stop)
+        tl.store(LO + b * T + t, low, mask=t < T)
+        tl.store(HI + b * T + t, stop, mask=t < T)
+        if tl.max((stop - low - count), 0) > 0:
+            tl.store(HOLES, 1)
+
+
+@triton.jit
+def shown(BITS, column, N: constexpr):
+    """What a mask shows of N columns from ``column`` on. Shapes: ``BITS`` pointers[ROWS] to rows -> bool[ROWS, N]."""
+    at = tl.maximum(column + 64, 0)
+    shift = (at % 32).to(tl.uint32)
+    a = tl.load(BITS + at // 32).to(tl.uint32, bitcast=True)
+    b = tl.load(BITS + at // 32 + 1).to(tl.uint32, bitcast=True)
+    j = tl.arange(0, N)
+    word = ((a >> shift) | ((b << 1) << (31 - shift)))[:, None]
+    if N == 64:
+        c = tl.load(BITS + at // 32 + 2).to(tl.uint32, bitcast=True)
+        word = tl.where((j < 32)[None, :], word, ((b >> shift) | ((c << 1) << (31 - shift)))[:, None])
+    return ((word >> (j % 32).to(tl.uint32)[None, :]) & 1) != 0
+
+
+@triton.jit
+def visible(BITS, lo, hi, column, N: constexpr, MASKED: constexpr):
+    """Which of N columns from ``column`` on each row sees. Shapes: -> bool[ROWS, N]."""
+    j = column + tl.arange(0, N)
+    seen = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
+    if MASKED:
+        seen = seen & shown(BITS, column, N)
+    return seen
 
 
 @triton.jit
@@ -108,8 +143,8 @@ def weigh(x, top, total):
 
 @triton.jit
 def coded_pages(
-    q, top, total, acc, WORDS, TABLE, ANCHORS, STEPS, MASK, lo, hi, begin, base, low, stop, page, end, skip, skipped,
-    NS, NP,
+    q, top, total, acc, WORDS, TABLE, ANCHORS, STEPS, bits, lo, hi, begin, base, low, stop,
+    page, end, skip, skipped, NS, NP,
     D: constexpr, KB: constexpr, VB: constexpr, SPAN: constexpr, KSTEP: constexpr,
     KASM: constexpr, VASM: constexpr, KTABLE: constexpr, VTABLE: constexpr,
     EDGE: constexpr, MASKED: constexpr, STAGES: constexpr,
@@ -142,12 +177,8 @@ def coded_pages(
             x = tl.dot(q, tl.trans(k))
             if EDGE:
                 token = t * 64 + i
-                column = begin + token - base
-                seen = ((token >= low) & (token < stop))[None, :]
-                seen = seen & (column[None, :] >= lo[:, None]) & (column[None, :] < hi[:, None])
-                if MASKED:
-                    seen = seen & (tl.load(MASK + column[None, :], mask=seen, other=0) != 0)
-                x = tl.where(seen, x, HIDDEN)
+                seen = visible(bits, lo, hi, begin + t * 64 - base, 64, MASKED)
+                x = tl.where(seen & ((token >= low) & (token < stop))[None, :], x, HIDDEN)
             p, top, total, shrink = weigh(x, top, total)
             v = tile(words + WORDS_K, VB, D, True, VASM, VTABLE)
             acc = tl.dot((p * weight[None, :]).to(tl.float16), tl.trans(v), acc * shrink[:, None])
@@ -165,12 +196,13 @@ def exact_tokens(q, k, v, top, total, acc, seen, qscale, PRECISION: constexpr):
 
 @triton.jit(do_not_specialize=["first", "base_", "columns", "T"])
 def prefill(
-    Q, K, V, TURNED, WORDS, TABLE, ANCHORS, STEPS, EXACT_K, EXACT_V, SIGNS, COUNTERS, LO, HI, MASK, OUT,
+    Q, K, V, TURNED, WORDS, TABLE, ANCHORS, STEPS, EXACT_K, EXACT_V, SIGNS, COUNTERS, LO, HI, BITS, OUT,
     first, base_, columns, T, qscale, q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token,
-    bound_row, bound_token, mask_row, mask_token, H, NS, NP,
+    bound_row, bound_token, bits_row, bits_token, H, NS, NP,
     G: constexpr, D: constexpr, KB: constexpr, VB: constexpr, SPAN: constexpr, SINK: constexpr, RING: constexpr,
     KSTEP: constexpr, VSTEP: constexpr, KASM: constexpr, VASM: constexpr, KTABLE: constexpr, VTABLE: constexpr,
-    CAUSAL: constexpr, BOUNDED: constexpr, MASKED: constexpr, PRECISION: constexpr, ROWS: constexpr, STAGES: constexpr,
+    CAUSAL: constexpr, BOUNDED: constexpr, MASKED: constexpr, PRECISION: constexpr,
+    ROWS: constexpr, BLOCK: constexpr, STAGES: constexpr,
 ):  # fmt: skip
     """ROWS query rows of one row of the batch and kv head. Grid: (ceil(T * G / ROWS), B * H).
 
@@ -178,14 +210,14 @@ def prefill(
         first: position of the first new token; base_: of column 0.
 
     Shapes: ``Q`` [B, H * G, T, D], ``K`` / ``V`` [B, H, T, D], ``TURNED`` float16[B * H, T * G, D], in units of
-    1 / KSTEP, ``LO`` / ``HI`` int32[B or 1, T or 1], ``MASK`` uint8[B or 1, 1, T or 1, columns] -> ``OUT``
-    [B, H * G, T, D], contiguous.
+    1 / KSTEP, ``LO`` / ``HI`` int32[B or 1, T or 1], ``BITS`` int32[B or 1, T or 1, words] -> ``OUT`` [B,
+    H * G, T, D], contiguous.
     """
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the last rows see most: they begin first
     bh = tl.program_id(1).to(tl.int64)
     b = bh // H
     d = tl.arange(0, D)
-    i = tl.arange(0, 64)
+    i = tl.arange(0, BLOCK)
     t, g, inside = query_rows(block, T, G, ROWS)
     begin, spans, _, _, held = place(COUNTERS, COUNTERS, b, 0, False, False, False, SINK)
     base = base_.to(tl.int32)
@@ -196,7 +228,7 @@ def prefill(
         hi = tl.load(HI + b * bound_row + t * bound_token)
     if CAUSAL:
         hi = tl.minimum(hi, t + 1)
-    mask = MASK + b * mask_row + t.to(tl.int64)[:, None] * mask_token
+    bits = BITS + b * bits_row + t.to(tl.int64) * bits_token
 
     top = tl.full([ROWS], EMPTY, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -218,13 +250,13 @@ def prefill(
         anchors = ANCHORS + bh * NS * D
         steps = STEPS + bh * NS * 2
         top, total, acc = coded_pages(
-            q, top, total, acc, WORDS, heads, anchors, steps, mask, lo, hi, begin, base, low, stop,
+            q, top, total, acc, WORDS, heads, anchors, steps, bits, lo, hi, begin, base, low, stop,
             page, end, whole, after - whole, NS, NP, D, KB, VB, SPAN, KSTEP, KASM, VASM, KTABLE, VTABLE,
             True, MASKED, STAGES,
         )  # fmt: skip
         if not MASKED:
             top, total, acc = coded_pages(
-                q, top, total, acc, WORDS, heads, anchors, steps, mask, lo, hi, begin, base, low, stop,
+                q, top, total, acc, WORDS, heads, anchors, steps, bits, lo, hi, begin, base, low, stop,
                 whole, after, after, 0, NS, NP, D, KB, VB, SPAN, KSTEP, KASM, VASM, KTABLE, VTABLE,
                 False, False, STAGES,
             )  # fmt: skip
@@ -233,32 +265,28 @@ def prefill(
     q = tl.load(Q + b * q_row + (bh % H * G + g)[:, None] * q_head + t.to(tl.int64)[:, None] * q_token + d[None, :])
     if held:
         after = begin + spans * SPAN
+        sinks: constexpr = (SINK + BLOCK - 1) // BLOCK
         exact = bh * (SINK + RING) * D
-        for at in tl.range(0, SINK + RING, 64, num_stages=2):
-            slot = at + i
-            ring = slot - SINK
-            position = tl.where(ring < 0, begin + ring, after + (ring - after % RING + RING) % RING)
-            column = position - base
-            inner = (slot < SINK + RING) & (position < first) & (column >= 0)
-            seen = inner[None, :] & (column[None, :] >= lo[:, None]) & (column[None, :] < hi[:, None])
-            if MASKED:
-                seen = seen & (tl.load(mask + column[None, :], mask=seen, other=0) != 0)
-            place_ = exact + slot[:, None] * D + d[None, :]
-            k = tl.load(EXACT_K + place_, mask=(slot < SINK + RING)[:, None], other=0.0)
-            v = tl.load(EXACT_V + place_, mask=(slot < SINK + RING)[:, None], other=0.0)
+        window = tl.maximum(first - after + BLOCK - 1, 0) // BLOCK
+        for n in tl.range(0, sinks + window, num_stages=STAGES):
+            from_ = tl.where(n < sinks, begin - SINK + n * BLOCK, after + (n - sinks) * BLOCK)
+            position = from_ + i
+            inner = position < tl.where(n < sinks, tl.minimum(begin, first), first)
+            seen = visible(bits, lo, hi, from_ - base, BLOCK, MASKED) & inner[None, :]
+            slot = tl.where(n < sinks, position - begin + SINK, SINK + position % RING)
+            at = exact + slot[:, None] * D + d[None, :]
+            k = tl.load(EXACT_K + at, mask=inner[:, None], other=0.0)
+            v = tl.load(EXACT_V + at, mask=inner[:, None], other=0.0)
             top, total, acc = exact_tokens(q, k, v, top, total, acc, seen, qscale, PRECISION)
 
     own = (first - base).to(tl.int32)  # column of the first new token
-    from_ = tl.maximum(tl.min(lo, 0) - own, 0) // 64 * 64
+    from_ = tl.maximum(tl.min(lo, 0) - own, 0) // BLOCK * BLOCK
     to = tl.minimum(tl.max(hi, 0) - own, T)
     new_k = K + b * k_row + bh % H * k_head
     new_v = V + b * v_row + bh % H * v_head
-    for at in tl.range(from_, to, 64, num_stages=2):
+    for at in tl.range(from_, to, BLOCK, num_stages=STAGES):
         j = at + i
-        column = own + j
-        seen = (j < T)[None, :] & (column[None, :] >= lo[:, None]) & (column[None, :] < hi[:, None])
-        if MASKED:
-            seen = seen & (tl.load(mask + column[None, :], mask=seen, other=0) != 0)
+        seen = visible(bits, lo, hi, own + at, BLOCK, MASKED) & (j < T)[None, :]
         k = tl.load(new_k + j.to(tl.int64)[:, None] * k_token + d[None, :], mask=(j < T)[:, None], other=0.0)
         v = tl.load(new_v + j.to(tl.int64)[:, None] * v_token + d[None, :], mask=(j < T)[:, None], other=0.0)
         top, total, acc = exact_tokens(q, k, v, top, total, acc, seen, qscale, PRECISION)
