@@ -17,7 +17,9 @@ from rich.table import Table
 from torch import Tensor
 
 from sphkv_compile.bench import clock
+from sphkv_compile.bench.kept import Menu, random_pages
 from sphkv_compile.bench.peers import PEERS
+from sphkv_compile.ops.pages import with_positions
 from sphkv_compile.ops.read import dense
 from sphkv_compile.spec import Tier
 from sphkv_compile.storage.layout import UNIT, Layout
@@ -51,16 +53,18 @@ class Case:
         """What one step has to read."""
         s, (h, d) = self.state, (self.k.shape[1], self.k.shape[3])
         itemsize = s.exact_k.element_size(), s.exact_v.element_size()
-        page = self.layout.page_bytes(self.layout.tiers[0], d, d, itemsize)
+        sizes = [self.layout.page_bytes(tier, d, d, itemsize) + 4 for tier in self.layout.tiers]
         total = 0
         for row in s.rows.tolist():
-            coded = row[SPANS] * (self.layout.pages_per_span * (page + 4) + d + 2)
+            coded = row[SPANS] * (d + 2) + (
+                0 if self.layout.kept else row[SPANS] * self.layout.pages_per_span * sizes[0]
+            )
             total += coded + (row[LENGTH] - row[START] - row[SPANS] * SPAN) * d * sum(itemsize)
-        return h * total
+        return h * total + sum(int(pages) * size for pages, size in zip(s.held.sum((0, 1)), sizes))
 
 
 def make(
-    tier: Tier,
+    tier: Tier | Menu,
     b: int,
     length: int,
     h: int,
@@ -78,19 +82,24 @@ def make(
         ragged: rows hold from a quarter of ``length`` to all of it, behind padding on the left.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    layout = Layout("axis_cosine", (tier,), SINK, WINDOW, SPAN, PAGE, 0, "half", d, "tiles")
+    kept = isinstance(tier, Menu)
+    menu = tier.tiers if isinstance(tier, Menu) else (tier,)
+    layout = Layout("axis_cosine", menu, SINK, WINDOW, SPAN, PAGE, 0, "half", d, "tiles", kept)
     geometry = Geometry(b, h, length + 1, d, d, torch.bfloat16, torch.bfloat16, False)
     pages = layout.spans(length + 1, False) * layout.pages_per_span
-    size = layout.page_bytes(tier, d, d, geometry.itemsize)
-    arena = torch.randint(0, 256, (b * h * pages, size), dtype=torch.uint8, device=device, generator=generator)
-    codes = PAGE * d * (tier.k_bits + tier.v_bits) // 8
-    shape = b * h * pages, PAGE
-    radius, weight = (torch.rand(shape, device=device, generator=generator) + 0.5 for _ in range(2))
-    meta = torch.stack([radius, weight], -1).half().contiguous().view(torch.uint8)
-    arena[:, codes:] = meta.view(shape[0], -1)
-    state = empty_state(layout, geometry, arena.view(-1))
-    order = torch.randperm(b * h * pages, device=device, generator=generator) * (size // UNIT)
-    state.table.copy_(order.view(b, h, pages))
+    state = empty_state(layout, geometry, torch.zeros(UNIT, dtype=torch.uint8, device=device))
+    if isinstance(tier, Menu):
+        coded = layout.coded_spans(length) * SPAN
+        state = state._replace(**random_pages(tier, layout, b, h, coded, pages, d, SINK, generator))
+    else:
+        size = layout.page_bytes(tier, d, d, geometry.itemsize)
+        arena = torch.randint(0, 256, (b * h * pages, size), dtype=torch.uint8, device=device, generator=generator)
+        codes = PAGE * d * (tier.k_bits + tier.v_bits) // 8
+        meta = (torch.rand(b * h * pages, PAGE, 2, device=device, generator=generator) + 0.5).half()
+        arena[:, codes:] = meta.view(torch.uint8).view(b * h * pages, -1)
+        state = state._replace(arena=arena.view(-1))
+        order = torch.randperm(b * h * pages, device=device, generator=generator) * (size // UNIT)
+        state.table.copy_(order.view(b, h, pages))
 
     def normal(*dims: int) -> Tensor:
         return torch.randn(dims, device=device, generator=generator)
@@ -105,7 +114,8 @@ def make(
         start, spans = length - held, layout.coded_spans(held)
         state.rows[row, START], state.rows[row, LENGTH], state.rows[row, FROZEN] = start, length, 1
         state.rows[row, SPANS] = spans
-        state.positions[row] = torch.where(within < spans * SPAN, start + SINK + within, -1)
+        if not kept:
+            state.positions[row] = torch.where(within < spans * SPAN, start + SINK + within, -1)
     q = (normal(b, h * g, 1, d) * spread).bfloat16()
     k, v = (normal(b, h, 1, d).bfloat16() for _ in range(2))
     return Case(state, layout, q, k, v, torch.tensor([length], device=device), length + 1)
@@ -126,18 +136,35 @@ def error(case: Case, found: Tensor | None = None) -> float:
         widened = state._replace(exact_k=state.exact_k.float(), exact_v=state.exact_v.float())
         k, v = dense(widened, case.layout, case.columns, block=256)
         k[:, :, -1], v[:, :, -1] = case.k[one, :, 0].float(), case.v[one, :, 0].float()
-        k, v = (x[0, :, int(state.rows[0, START]) :].double() for x in (k, v))
-        for head in range(k.shape[0]):
-            group = slice(head * hq // k.shape[0], (head + 1) * hq // k.shape[0])
-            logits = case.q[row, group, 0].double() @ k[head].T * d**-0.5
-            expected = logits.softmax(-1) @ v[head]
+        seen = held(state, case.layout, case.columns)
+        heads = k.shape[1]
+        for head in range(heads):
+            group = slice(head * hq // heads, (head + 1) * hq // heads)
+            keys, values = (x[0, head, seen[head]].double() for x in (k, v))
+            expected = (case.q[row, group, 0].double() @ keys.T * d**-0.5).softmax(-1) @ values
             gap = (found[row, group, 0] - expected).norm() / expected.norm()
             worst = max(worst, float(gap))
     return worst
 
 
+def held(state: State, layout: Layout, columns: int) -> Tensor:
+    """Columns of one row that were not dropped and are no padding. Shapes: -> bool[H, columns]."""
+    start, spans = (int(state.rows[0, i]) for i in (START, SPANS))
+    column = torch.arange(columns, device=state.table.device)
+    coded = (column >= start + SINK) & (column < start + SINK + spans * SPAN)
+    seen = ((column >= start) & ~coded).expand(state.table.shape[1], -1).clone()
+    positions = with_positions(state, layout).positions[0].flatten(1).long()
+    head, slot = (positions >= 0).nonzero(as_tuple=True)
+    seen[head, positions[head, slot]] = True
+    return seen
+
+
 def measure(
-    tier: Tier, shape: tuple[int, int, int, int, int], dense_us: float, spread: float = SPREAD, ragged: bool = False
+    tier: Tier | Menu,
+    shape: tuple[int, int, int, int, int],
+    dense_us: float,
+    spread: float = SPREAD,
+    ragged: bool = False,
 ) -> dict[str, Any]:
     """One row of the record. Shapes: ``shape`` is B, L, H, G, D."""
     b, length, h, g, d = shape
@@ -185,10 +212,11 @@ def run(
     for shape in ((b, length, heads, group, d) for d in dims for b in batches for length in lengths_):
         dense_us, which = clock.dense_time(*shape)
         torch.cuda.empty_cache()
-        kinds = [(spread, False) for spread in spreads] + [(SPREAD, True)] * (ragged and shape[0] > 1)
         for name in tiers:
-            for spread, uneven in kinds:
-                row = measure(Tier.parse(name), shape, dense_us, spread, uneven)
+            tier = Menu.parse(name) if ":" in name else Tier.parse(name)
+            uneven_too = ragged and shape[0] > 1 and isinstance(tier, Tier)  # heads that keep unequal shares are uneven
+            for spread, uneven in [(spread, False) for spread in spreads] + [(SPREAD, True)] * uneven_too:
+                row = measure(tier, shape, dense_us, spread, uneven)
                 # dense reads a padded batch whole; that it would need a mask besides is not held against it
                 rows.append(row | {"dense": f"{which}, padded" if uneven else which, "ceiling_tbps": ceiling})
                 torch.cuda.empty_cache()

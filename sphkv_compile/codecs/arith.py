@@ -25,7 +25,8 @@ def fold_sum(x: Tensor, dim: int = -1) -> Tensor:
 
 def norm(x: Tensor) -> Tensor:
     """Euclidean length of each row, for lengths between 1e-18 and 1e18. Shapes: float32[..., D] -> float32[...]."""
-    return fold_sum(x * x).sqrt()
+    # by way of float64: on a CPU the float32 root is the vector library's, and every sixth is off by one unit
+    return fold_sum(x * x).double().sqrt().float()
 
 
 def direction(x: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -113,12 +115,8 @@ def _append_rows(
         spans = _reopen(state, layout, rows, first)
     coded = layout.coded_spans(end - rows.start)
     if coded > spans:
-        at = begin + spans * layout.span
-        k_all, v_all = _exact_run(state, layout, rows, at, min(from_, end), k_new, v_new, from_)
-        frozen = _encode(state, layout, rows, k_all, v_all, spans, coded)
-    else:
-        frozen = rows.frozen
-    spans = max(spans, coded)
+        _encode(state, layout, rows, k, v, first, range(spans, coded))
+    spans, frozen = max(spans, coded), 1 if coded > spans else rows.frozen
     keep = min(end, max(from_, begin + spans * layout.span, end - ring))
     slots = layout.sink + torch.arange(keep, end) % ring
     _store(state, rows, k_new[:, :, keep - from_ :], v_new[:, :, keep - from_ :], slots)
@@ -140,12 +138,20 @@ def _store(state: State, rows: _Rows, k: Tensor, v: Tensor, slots: Tensor) -> No
         state.exact_v[index] = v[:, :, :count]
 
 
-def _exact_run(state, layout, rows, at: int, stop: int, k_new: Tensor, v_new: Tensor, from_: int):
-    """Exact keys and values of positions ``at``.. to the end: those in the ring, then the new ones."""
-    held = layout.sink + torch.arange(at, max(at, stop)) % layout.ring
-    skip = max(0, at - from_)
-    pairs = ((state.exact_k, k_new), (state.exact_v, v_new))
-    return tuple(torch.cat([rows.of(ring)[:, :, held.to(ring.device)], new[:, :, skip:]], 2) for ring, new in pairs)
+def _exact_run(
+    state: State, layout: Layout, rows: _Rows, k: Tensor, v: Tensor, first: int, spans: range
+) -> tuple[Tensor, Tensor]:
+    """Exact keys and values of spans: from the ring up to position ``first``, then from the new tokens.
+
+    Shapes: ``k`` [B, H, T, D] -> [rows, H, spans, span, D].
+    """
+    begin, count = rows.start + layout.sink, len(spans) * layout.span
+    at = begin + spans.start * layout.span
+    held = layout.sink + torch.arange(at, max(at, min(first, at + count))) % layout.ring
+    new = slice(max(0, at - first), max(0, at - first) + count - held.numel())
+    pairs = ((state.exact_k, k), (state.exact_v, v))
+    k, v = (torch.cat([rows.of(ring)[:, :, held.to(ring.device)], rows.of(x)[:, :, new]], 2) for ring, x in pairs)
+    return k.unflatten(2, (-1, layout.span)), v.unflatten(2, (-1, layout.span))
 
 
 def _observe(state: State, layout: Layout, rows: _Rows, q: Tensor, first: int) -> None:
@@ -172,57 +178,78 @@ def _observe(state: State, layout: Layout, rows: _Rows, q: Tensor, first: int) -
         state.moments[rows.index.to(q.device)] += total
 
 
-def _encode(state: State, layout: Layout, rows: _Rows, k: Tensor, v: Tensor, spans: int, coded: int) -> int:
-    """Encode spans ``spans``..``coded`` from their exact values."""
-    new, (b, h, _, d) = coded - spans, k.shape
-    k = k[:, :, : new * layout.span].unflatten(2, (new, layout.span))
-    v = v[:, :, : new * layout.span].unflatten(2, (new, layout.span))
-    members, tier = rows.index.to(k.device), layout.tiers[0]
-    if not rows.frozen and spans == 0:
-        state.pair_scale[members] = _learn(state, layout, rows, k[:, :, 0])
-    scale = rows.of(state.pair_scale).unsqueeze(2)
-    pages, keys = encode_span(k, v, scale.expand(b, h, new, d), layout, tier)
+def _encode(state: State, layout: Layout, rows: _Rows, k: Tensor, v: Tensor, first: int, spans: range) -> None:
+    """Encode spans from their exact values: what the window holds before position ``first``, the new tokens from it on.
 
+    Shapes: ``k`` [B, H, T, D], ``v`` [B, H, T, Dv].
+    """
+    if not rows.frozen and spans.start == 0:
+        learnt, _ = _exact_run(state, layout, rows, k, v, first, spans[:1])
+        state.pair_scale[rows.index.to(k.device)] = _learn(state, layout, rows, learnt[:, :, 0])
     total = state.anchors.shape[2]
-    slots = (torch.arange(spans, coded, device=k.device)) % total
-    keep = slots.numel() - min(new, total)  # a rolling window longer than one lap: the older spans are out of sight
-    batch, head = members.view(-1, 1, 1), torch.arange(h, device=k.device).view(1, -1, 1)
-    at = batch, head, _pages_of(state, layout, members, slots[keep:])
-    offsets = state.table[at]
-    if bool((offsets < 0).any()):
+    spans = spans[-total:]  # a rolling window longer than one lap: the older spans are out of sight
+    slots = torch.arange(spans.start, spans.stop, device=k.device) % total
+    members, heads = rows.index.to(k.device).view(-1, 1, 1), torch.arange(k.shape[1], device=k.device).view(1, -1, 1)
+    at = members, heads, _pages_of(state, layout, rows, slots)
+    if bool((state.table[at] < 0).any()):
         raise RuntimeError(
             "sphkv: no page is reserved for a span that leaves the window; the plan of this step was skipped"
         )
+    if (fused := on_device(layout, k)) is not None:
+        fused.encode(state, layout, rows.index, k, v, rows.start + layout.sink, spans, first)
+    else:
+        _write(state, layout, rows, *_exact_run(state, layout, rows, k, v, first, spans), spans, at, slots)
+    if layout.kept:
+        state.held[rows.index.to(k.device), :, 0] += slots.numel() * layout.pages_per_span
+
+
+def on_device(layout: Layout, k: Tensor) -> ModuleType | None:
+    """The GPU's encoder of many spans, if it serves this layout; else None."""
+    if not layout.tiled or k.device.type != "cuda":
+        return None
+    from sphkv_compile.kernels.gpu import bulk  # Triton is loaded where there is something to launch
+
+    return bulk
+
+
+def _write(
+    state: State, layout: Layout, rows: _Rows, k: Tensor, v: Tensor, spans: range, at: tuple[Tensor, ...], slots: Tensor
+) -> None:
+    """Encode whole spans into the pages ``at`` and the anchors' ``slots``: the portable path.
+
+    Shapes: ``k`` [rows, H, spans, span, D], ``v`` [rows, H, spans, span, Dv].
+    """
+    b, h, new, _, d = k.shape
+    scale = rows.of(state.pair_scale).unsqueeze(2)
+    tier = layout.tiers[0]
+    pages, keys = encode_span(k, v, scale.expand(b, h, new, d), layout, tier)
+    pages = type(pages)(*(part.flatten(2, 3) for part in pages))
     origin = rows.start + layout.sink
     tokens = torch.arange(
-        origin + spans * layout.span, origin + coded * layout.span, dtype=torch.int32, device=k.device
-    )
-    tokens = tokens[keep * layout.span :].view(-1, layout.page)
-    pages = type(pages)(*(part[:, :, keep:].flatten(2, 3) for part in pages))
+        origin + spans.start * layout.span, origin + spans.stop * layout.span, dtype=torch.int32, device=k.device
+    ).view(-1, layout.page)
     if layout.kept:
         pages = pages._replace(position=as_bytes(tokens.unsqueeze(-1)).expand(b, h, -1, -1, -1))
-        state.held[members, :, 0] += offsets.shape[2]
     else:
         state.positions[at] = tokens
-    write_pages(state, layout, tier, offsets, pages)
+    write_pages(state, layout, tier, state.table[at], pages)
     state.tiers[at] = 0
     if keys is not None:
-        at = batch, head, slots[keep:]
-        state.anchors[at] = keys.anchor[:, :, keep:]
-        state.span_scales[at] = torch.stack([keys.anchor_scale, keys.top], -1)[:, :, keep:].to(torch.bfloat16)
-    return 1
+        at = *at[:2], slots
+        state.anchors[at] = keys.anchor
+        state.span_scales[at] = torch.stack([keys.anchor_scale, keys.top], -1).to(torch.bfloat16)
 
 
-def _pages_of(state: State, layout: Layout, members: Tensor, slots: Tensor) -> Tensor:
+def _pages_of(state: State, layout: Layout, rows: _Rows, slots: Tensor) -> Tensor:
     """Places in the table for the pages of new spans: a span's own, or behind all that a row and head keeps.
 
-    Shapes: ``slots`` int64[n] of the spans -> int64[1 or members, 1 or H, n * pages_per_span].
+    Shapes: ``slots`` int64[n] of the spans -> int64[1 or rows, 1 or H, n * pages_per_span].
     """
-    count = slots.numel() * layout.pages_per_span
+    each = torch.arange(layout.pages_per_span, device=slots.device)
     if layout.kept:
-        return state.held[members].sum(-1, keepdim=True) + torch.arange(count, device=slots.device)
-    first = slots.unsqueeze(-1) * layout.pages_per_span
-    return (first + torch.arange(layout.pages_per_span, device=slots.device)).view(1, 1, count)
+        count = torch.arange(slots.numel() * layout.pages_per_span, device=slots.device)
+        return rows.of(state.held).sum(-1, keepdim=True) + count
+    return (slots.unsqueeze(-1) * layout.pages_per_span + each).view(1, 1, -1)
 
 
 def _learn(state: State, layout: Layout, rows: _Rows, k: Tensor) -> Tensor:

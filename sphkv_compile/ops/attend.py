@@ -128,7 +128,7 @@ def attend(
     _, hq, count, d = q.shape
     h = k.shape[1]
     scale = 1 / math.sqrt(d) if scale is None else scale
-    _refuse_dropped(state, first, base, k.shape[2], mask)
+    refuse_dropped(state, first, base, k.shape[2], mask)
     state = with_positions(state, layout)
     pieces = []
     for offset in range(0, count, QUERIES):
@@ -143,8 +143,12 @@ def attend(
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)).to(q.dtype)
 
 
-def _refuse_dropped(state: State, first: int, base: int, count: int, mask: Tensor | None) -> None:
-    """A mask may show only what the cache still holds: slots after the newest token were dropped or never written."""
+def refuse_dropped(state: State, first: int, base: int, count: int, mask: Tensor | None) -> None:
+    """A mask may show only what the cache still holds: slots after the newest token were dropped or never written.
+
+    Raises:
+        RuntimeError: it shows one of those.
+    """
     if mask is None:
         return
     end = first - base + count

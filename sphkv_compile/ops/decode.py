@@ -40,6 +40,15 @@ def on_device(
     return launch if launch.call_served(layout, q, k, v, mask, is_causal) else None
 
 
+def many_on_device(layout: Layout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> ModuleType | None:
+    """The GPU's attention of any number of new tokens, if it serves such a call; else None. It reads counters."""
+    if not layout.tiled or q.device.type != "cuda":
+        return None
+    from sphkv_compile.kernels.gpu import bulk
+
+    return bulk if bulk.attend_served(layout, q, k, v, mask) else None
+
+
 def attend(
     state: State,
     layout: Layout,
@@ -59,6 +68,9 @@ def attend(
         out = binding.attend(library, *arguments)
         if out is not None:
             return out
+    if (fused := many_on_device(layout, q, k, v, mask)) is not None:
+        blockwise.refuse_dropped(state, first, base, k.shape[2], mask)
+        return fused.attend(*arguments)
     return blockwise.attend(*arguments)  # which also refuses a mask that shows dropped slots
 
 
@@ -176,10 +188,10 @@ def check_device(layout: Layout, dim: int, group: int, dtype: torch.dtype, devic
     if not (gap < _CLOSE and differ < _SAME):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreted"
         raise RuntimeError(
-            f"sphkv: on {device} ({name}) the fused kernels for {layout.summary} differ from the portable path: attention "
-            f"by {gap:.2g} of the output (expected less than {_CLOSE}), {differ:.2g} of the codes (expected less than {_SAME}). They would give "
-            "wrong answers, so nothing is compiled. Update Triton and the driver, or choose a codec that runs without "
-            "them: options={'codec': 'pair_polar'}."
+            f"sphkv: on {device} ({name}) the fused kernels for {layout.summary} differ from the portable path: "
+            f"attention by {gap:.2g} of the output (expected less than {_CLOSE}), {differ:.2g} of the codes (expected "
+            f"less than {_SAME}). They would give wrong answers, so nothing is compiled. Update Triton and the driver, or "
+            "choose a codec that runs without them: options={'codec': 'pair_polar'}."
         )
 
 

@@ -6,6 +6,7 @@ import torch
 from sphkv_compile.bench import attention as bench
 from sphkv_compile.bench import clock
 from sphkv_compile.bench.attention import error, lengths, make
+from sphkv_compile.bench.kept import Menu
 from sphkv_compile.bench.peers import by_sdpa, by_sums, fp8, from_fp8, from_int4, int4
 from sphkv_compile.ops.attend import attend
 from sphkv_compile.spec import Tier
@@ -14,11 +15,16 @@ from sphkv_compile.storage.state import LENGTH, SPANS, START
 L, D = 1024, 64
 
 
-def case(**how):
-    return make(Tier.parse("K4V2"), 3, L, 2, 2, D, device="cpu", **how)
+def case(tier="K4V2", **how):
+    tier = Menu.parse(tier) if ":" in tier else Tier.parse(tier)
+    return make(tier, 3, L, 2, 2, D, device="cpu", **how)
 
 
-@pytest.mark.parametrize("how", [{}, {"ragged": True}, {"spread": 8.0}], ids=["even", "ragged", "wide"])
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"ragged": True}, {"spread": 8.0}, {"tier": "K4V4:0.1/K4V2:0.4"}],
+    ids=["even", "ragged", "wide", "kept"],
+)
 def test_error_is_small_where_attention_is_right(how):
     c = case(**how)
     found = attend(c.state, c.layout, c.q, c.k, c.v, L, 0, c.columns, None, False, None)
@@ -32,6 +38,14 @@ def test_ragged_rows_hold_what_they_say():
     assert held == lengths(3, L) == [1024, 640, 256]
     assert c.state.rows[:, SPANS].tolist() == [c.layout.coded_spans(n) for n in held]
     assert c.bytes < case().bytes
+
+
+def test_a_kept_share_takes_its_share_of_bytes():
+    assert 0.35 < case(tier="K4V2:0.4").bytes / case().bytes < 0.85  # the exact window is kept whole
+    with pytest.raises(ValueError, match="a share for each tier"):
+        Menu.parse("K4V4:0.1/K4V2")
+    with pytest.raises(ValueError, match="one at most"):
+        Menu.parse("K4V4:0.7/K4V2:0.4")
 
 
 @pytest.mark.parametrize("there, back, most", [(fp8, from_fp8, 0.04), (int4, from_int4, 0.12)])

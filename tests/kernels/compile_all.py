@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sphkv_compile.kernels.gpu import append as appending
-from sphkv_compile.kernels.gpu import launch
+from sphkv_compile.kernels.gpu import bulk, launch
 from sphkv_compile.spec import Tier
 from sphkv_compile.storage.layout import Layout
 from sphkv_compile.storage.state import Geometry, empty_state
@@ -28,7 +28,7 @@ TYPES = {
     torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8",
     torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
-OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
+OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg", "enable_fp_fusion")
 CONFIGURATIONS = [  # tier or menu of kept tokens, head_dim, dtype, masked, rolling
     ("K4V4", 128, torch.bfloat16, True, False),
     ("K4V4", 128, torch.bfloat16, False, False),
@@ -55,21 +55,33 @@ class Recorder:
 
 
 def launches(capability, tier, dim, dtype, masked, rolling):
-    """What one decode step launches, on tensors that hold nothing."""
+    """What one decode step and one chunk of a prefill launch, on tensors that hold nothing."""
     menu = tuple(map(Tier.parse, tier.split("/")))
     layout = Layout("axis_cosine", menu, 4, 128, 128, 64, 0, "half", dim, "tiles", kept=len(menu) > 1)
     geometry = Geometry(1, 8, 4096, dim, dim, dtype, dtype, rolling)
     state, calls = empty_state(layout, geometry, torch.zeros(1 << 16, dtype=torch.uint8)), []
-    for module, names in ((launch, ("prepare", "decode", "combine")), (appending, ("append", "advance"))):
+    for module, names in (
+        (launch, ("prepare", "decode", "combine")),
+        (appending, ("append", "advance")),
+        (bulk, ("encode_spans", "extents", "turn_queries", "prefill")),
+    ):
         for name in names:
             kernel = getattr(module, name)
             setattr(module, name, Recorder(kernel.kernel if isinstance(kernel, Recorder) else kernel, calls))
-    launch._converts, launch._depends = (lambda device: capability >= 89), (lambda device: capability >= 90)
+    launch.converts, launch._depends = (lambda device: capability >= 89), (lambda device: capability >= 90)
+    bulk.converts = launch.converts
     q, (k, v) = torch.zeros(1, 32, 1, dim, dtype=dtype), torch.zeros(2, 1, 8, 1, dim, dtype=dtype)
     mask = torch.zeros(1, 1, 1, 4096, dtype=torch.bool) if masked else None
     pos = torch.zeros(1, dtype=torch.int64)
     launch.attend(state, layout, q, k, v, pos, None, 4096, mask, None, rolling)
     launch.append(state, layout, q, k, v, pos, None, mask, rolling)
+    q, (k, v) = torch.zeros(1, 32, 256, dim, dtype=dtype), torch.zeros(2, 1, 8, 256, dim, dtype=dtype)
+    mask = torch.zeros(1, 1, 256, 4096, dtype=torch.bool)
+    bulk.encode(state, layout, torch.zeros(1, dtype=torch.int64), k, v, 4, range(1), 0)
+    lo, hi, _ = bulk.extents_of(mask, 4096)
+    bits = torch.zeros(1, 256, 134, dtype=torch.int32) if masked else None
+    if not layout.kept:
+        bulk.over_codes(state, layout, q, k, v, 2000, 0, 4096, False, None, lo, hi, bits)
     return calls
 
 
@@ -78,7 +90,8 @@ def compiled(kernel, args, kwargs, capability):
     options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
-        if i >= len(args) or (isinstance(args[i], int) and args[i] == 1):
+        free = i < len(args) and kernel.params[i].do_not_specialize
+        if i >= len(args) or (isinstance(args[i], int) and args[i] == 1 and not free):
             signature[name], constants[name] = "constexpr", kwargs[name] if i >= len(args) else 1
             continue
         value = args[i]
@@ -88,7 +101,7 @@ def compiled(kernel, args, kwargs, capability):
             signature[name] = "i32"
         else:
             signature[name] = TYPES[value.dtype]
-        if not isinstance(value, (float, int)) or (isinstance(value, int) and value % 16 == 0):
+        if not isinstance(value, (float, int)) or (isinstance(value, int) and value % 16 == 0 and not free):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

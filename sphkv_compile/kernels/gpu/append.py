@@ -10,20 +10,8 @@ import triton
 import triton.language as tl
 from triton.language.core import constexpr
 
-from sphkv_compile.kernels.gpu.decode import BASE, FAULT, FROZEN, LENGTH, SPANS, START, WIDTH, hadamard, place
-
-
-@triton.jit
-def round_even(x):
-    """To the nearest whole number, ties to even, for |x| below 2^22."""
-    return (x + 12582912.0) - 12582912.0
-
-
-@triton.jit
-def bf16_up(x):
-    """The least bfloat16 that is not below a positive ``x``, as float32."""
-    bits = x.to(tl.int32, bitcast=True)
-    return ((bits + 0xFFFF) & -65536).to(tl.float32, bitcast=True)
+from sphkv_compile.kernels.gpu.decode import BASE, FAULT, FROZEN, LENGTH, SPANS, START, WIDTH, place
+from sphkv_compile.kernels.gpu.encode import encode_span
 
 
 @triton.jit
@@ -31,68 +19,6 @@ def bf16_nearest(x):
     """To bfloat16, ties to even, as float32; the interpreter's own conversion cuts."""
     bits = x.to(tl.int32, bitcast=True)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def quantize(u, BORDERS: constexpr, LEVELS: constexpr, N: constexpr):
-    """Codes, and the levels that they stand for. Shapes: float32[...] -> int32[...], float32[...]."""
-    code = tl.zeros(u.shape, tl.int32)
-    level = tl.full(u.shape, LEVELS[0], tl.float32)
-    for i in tl.static_range(N - 1):
-        above = u >= BORDERS[i]
-        code += above.to(tl.int32)
-        level = tl.where(above, LEVELS[i + 1], level)
-    return code, level
-
-
-@triton.jit
-def encode(x, D: constexpr, BORDERS: constexpr, LEVELS: constexpr, N: constexpr):
-    """Codes of the direction, and the radius that keeps the length.
-
-    Shapes: float32[R, D] -> int32[R, D], float16[R].
-    """
-    length = tl.sqrt(tl.sum(x * x, 1))
-    some = length > 0
-    unit = tl.where(some, D**0.5 / tl.where(some, length, 1.0), 0.0)
-    code, level = quantize(x * unit[:, None], BORDERS, LEVELS, N)
-    radius = length / tl.sqrt(tl.sum(level * level, 1))
-    return code, tl.minimum(radius, 65504.0).to(tl.float16)
-
-
-@triton.jit
-def store_words(at, planes, BITS: constexpr, F: constexpr):
-    """Codes in plane order into a page's tiles. Shapes: ``planes`` int32[F, 32, 32]: plane, row, element."""
-    GROUP: constexpr = 8 if BITS == 3 else 8 // BITS
-    TILES: constexpr = GROUP * BITS // 8
-    code = tl.reshape(planes, (F // GROUP, GROUP, 32, 8, 4))
-    p = tl.reshape(tl.arange(0, GROUP), (1, GROUP, 1, 1, 1))
-    b = tl.reshape(tl.arange(0, 4), (1, 1, 1, 1, 4))
-    group = tl.arange(0, F // GROUP)[:, None, None]
-    place = at + group * (TILES * 256) + tl.arange(0, 32)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
-    for tile in tl.static_range(TILES):
-        if BITS == 4:
-            negative = code < 8
-            bits = tl.where(negative, 7 - code, code - 8) << (4 * b + 16 * p)
-            bits = bits | (negative.to(tl.int32) << (8 * b + 7 - 4 * p))
-        elif BITS == 2:
-            bits = code << (4 * b + p % 2 * 16 + p // 2 * 2)
-        else:
-            own = tl.where(p // 2 == tile, code << (4 * b + p % 2 * 16), 0)
-            spare = tl.where(p >= 6, ((code >> (2 - tile)) & 1) << (4 * b + 3 + p % 2 * 16), 0)
-            bits = own | spare
-        tl.store(place + tile * 256, tl.sum(tl.sum(bits, 4), 1))
-
-
-@triton.jit
-def key_planes(code, D: constexpr):
-    """Shapes: int32[64, D] -> int32[D / 16, 32, 32]."""
-    return tl.reshape(tl.permute(tl.reshape(code, (2, 32, D // 32, 32)), (0, 2, 1, 3)), (D // 16, 32, 32))
-
-
-@triton.jit
-def value_planes(code, D: constexpr):
-    """Shapes: int32[64, D] -> int32[D / 16, 32, 32]."""
-    return tl.reshape(tl.permute(tl.reshape(code, (2, 32, D // 32, 32)), (0, 2, 3, 1)), (D // 16, 32, 32))
 
 
 @triton.jit
@@ -130,50 +56,6 @@ def learn_scale(
         tl.debug_barrier()
         tl.store(SCALE + d, scale)
     tl.debug_barrier()
-
-
-@triton.jit
-def encode_span(
-    WORDS, TABLE, POSITIONS, TIERS, ANCHOR, STEP, RING_K, RING_V, SCALE, SIGNS, at, page,
-    D: constexpr, KB: constexpr, VB: constexpr, SPAN: constexpr, SINK: constexpr, RING: constexpr,
-    KBORDERS: constexpr, KLEVELS: constexpr, VBORDERS: constexpr, VLEVELS: constexpr, KEPT: constexpr,
-):  # fmt: skip
-    """The span at positions ``at``.. from the window into its pages.
-
-    Args:
-        page: its first page in ``TABLE``, ``POSITIONS`` and ``TIERS``.
-    """
-    d = tl.arange(0, D)
-    signs = tl.load(SIGNS + d) * (D**-0.5)
-    inverse = signs / tl.load(SCALE + d)
-    mean = tl.zeros([D], tl.float32)
-    for half in tl.static_range(SPAN // 64):
-        slot = SINK + (at + half * 64 + tl.arange(0, 64)) % RING
-        mean += tl.sum(tl.load(RING_K + slot[:, None] * D + d[None, :]).to(tl.float32), 0)
-    row = tl.reshape(hadamard(tl.reshape(mean / SPAN * inverse, (1, D)), 1, D), (D,))
-    step = bf16_up(tl.max(tl.abs(row), 0) / 127)
-    anchor = tl.where(step > 0, round_even(row / tl.where(step > 0, step, 1.0)), 0.0)
-    tl.store(ANCHOR + d, anchor.to(tl.int8))
-    tl.store(STEP, step.to(tl.bfloat16))
-    tl.store(STEP + 1, 1.0)
-    for half in tl.static_range(SPAN // 64):
-        token = tl.arange(0, 64)
-        slot = SINK + (at + half * 64 + token) % RING
-        base = WORDS + tl.load(TABLE + page + half).to(tl.int64) * 16
-        k = tl.load(RING_K + slot[:, None] * D + d[None, :]).to(tl.float32) * inverse[None, :]
-        code, radius = encode(hadamard(k, 64, D) - (anchor * step)[None, :], D, KBORDERS, KLEVELS, 1 << KB)
-        store_words(base, key_planes(code, D), KB, D // 16)
-        v = tl.load(RING_V + slot[:, None] * D + d[None, :]).to(tl.float32) * signs[None, :]
-        code, weight = encode(hadamard(v, 64, D), D, VBORDERS, VLEVELS, 1 << VB)
-        store_words(base + 2 * KB * D, value_planes(code, D), VB, D // 16)
-        low = radius.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-        high = weight.to(tl.int16, bitcast=True).to(tl.int32) << 16
-        tl.store(base + 2 * (KB + VB) * D + token, low | high)
-        if KEPT:
-            tl.store(base + 2 * (KB + VB) * D + 64 + token, at + half * 64 + token)
-        else:
-            tl.store(POSITIONS + (page + half) * 64 + token, at + half * 64 + token)
-        tl.store(TIERS + page + half, 0)
 
 
 @triton.jit
@@ -264,8 +146,8 @@ def append(
             encode_span(
                 WORDS, TABLE + pages, POSITIONS + pages * 64, TIERS + pages,
                 ANCHORS + (bh.to(tl.int64) * NS + row) * D, STEPS + (bh * NS + row) * 2,
-                EXACT_K + slots, EXACT_V + slots, SCALE + bh * D, SIGNS, at, page,
-                D, KB, VB, SPAN, SINK, RING, KBORDERS, KLEVELS, VBORDERS, VLEVELS, KEPT,
+                EXACT_K + slots, EXACT_V + slots, EXACT_K, EXACT_V, SCALE + bh * D, SIGNS, at, page, 0, 0, 0,
+                D, KB, VB, SPAN, SINK, RING, KBORDERS, KLEVELS, VBORDERS, VLEVELS, False, KEPT,
             )  # fmt: skip
             if KEPT:
                 tl.store(HELD + bh * TIERCOUNT, tl.load(HELD + bh * TIERCOUNT) + SPAN // 64)

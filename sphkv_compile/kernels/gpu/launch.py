@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -100,10 +99,10 @@ def attend(
     items = torch.empty(programs if listed else 0, dtype=torch.int64, device=device)
     begins = torch.empty(b * h + 1 if listed else 0, dtype=torch.int32, device=device)
     out = torch.empty(b, hq, 1, d, dtype=q.dtype, device=device)
-    twin = not _converts(device)
+    twin = not converts(device)
     depends = _depends(device)
     qscale = (d**-0.5 if scale is None else scale) * LOG2E
-    signs = _signs(layout, d, device)
+    signs = signs_of(layout, d, device)
     where, shown, mask_row = _inputs(state, pos, mask)
     numbers = start or 0, columns, qscale, q.stride(0), q.stride(1)
     flags = {
@@ -161,14 +160,13 @@ def append(
     appending.append[(b * h,)](
         q, k, v, state.arena.view(torch.int32), state.table, state.tiers, state.positions, state.held,
         state.anchors, state.span_scales, state.exact_k, state.exact_v, state.pair_scale, state.moments, state.energy,
-        _signs(layout, d, q.device), state.rows, where, shown, start or 0,
+        signs_of(layout, d, q.device), state.rows, where, shown, start or 0,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), mask_row, h, max(1, spans), pages,
         G=hq // h, D=d, N=HEADS, KB=tier.k_bits, VB=tier.v_bits,
-        KBORDERS=_table(thresholds, tier.k_bits), KLEVELS=_table(levels, tier.k_bits),
-        VBORDERS=_table(thresholds, tier.v_bits), VLEVELS=_table(levels, tier.v_bits),
+        **codebooks(tier),
         ROTARY=layout.rotary_dim, INTERLEAVED=layout.rope == "interleaved", KNOWN=layout.rope != "none",
-        KEPT=layout.kept, TIERCOUNT=len(layout.tiers),
-        num_warps=16 if d == 256 else 8, **flags,
+        KEPT=layout.kept, TIERCOUNT=len(layout.tiers), enable_fp_fusion=False, num_warps=16 if d == 256 else 8,
+        **flags,
     )  # fmt: skip
     appending.advance[(b,)](state.rows, where, shown, start or 0, mask_row, ROLLING=rolling, num_warps=1, **flags)
 
@@ -180,8 +178,14 @@ def _inputs(state: State, pos: Tensor | None, mask: Tensor | None) -> tuple[Tens
 
 
 @lru_cache(None)
-def _table(table: Callable[[int], Tensor], bits: int) -> tuple[float, ...]:
-    return tuple(table(bits).tolist())
+def codebooks(tier: Tier) -> dict[str, tuple]:
+    """Positive borders, as bits, and positive levels of both widths: what the encoders compare with."""
+    out = {}
+    for name, bits in (("K", tier.k_bits), ("V", tier.v_bits)):
+        half = 1 << (bits - 1)
+        out[f"{name}BORDERS"] = tuple(thresholds(bits)[half:].view(torch.int32).tolist())
+        out[f"{name}LEVELS"] = tuple(levels(bits)[half:].tolist())
+    return out
 
 
 @lru_cache(None)
@@ -190,7 +194,7 @@ def _processors(device: torch.device) -> int:
 
 
 @lru_cache(None)
-def _converts(device: torch.device) -> bool:
+def converts(device: torch.device) -> bool:
     """Whether the device has e4m3 conversion; the interpreter has no assembly at all."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
@@ -202,5 +206,6 @@ def _depends(device: torch.device) -> bool:
 
 
 @lru_cache(None)
-def _signs(layout: Layout, dim: int, device: torch.device) -> Tensor:
+def signs_of(layout: Layout, dim: int, device: torch.device) -> Tensor:
+    """The signs that the rotation begins with. Shapes: -> float32[dim]."""
     return layout.rotation(dim, device)[0].sign().contiguous()

@@ -165,58 +165,109 @@ def _row_of_four(a, b, c, d):
 @triton.jit
 def _nibble(word, PLACE: constexpr, MASK: constexpr, TABLE: constexpr, N: constexpr):
     """The elements at bits PLACE, PLACE + 4, ... of every word."""
-    return _row_of_four(
-        _choose((word >> PLACE) & MASK, TABLE, N),
-        _choose((word >> (PLACE + 4)) & MASK, TABLE, N),
-        _choose((word >> (PLACE + 8)) & MASK, TABLE, N),
-        _choose((word >> (PLACE + 12)) & MASK, TABLE, N),
-    )
+    out = ()
+    for e in tl.static_range(4):
+        out = out + (_choose((word >> (PLACE + 4 * e)) & MASK, TABLE, N),)
+    return out
 
 
 @triton.jit
-def _sign(word, BIT: constexpr):
-    return tl.where(((word >> BIT) & 1) == 1, -1.0, 1.0)
+def _signed(word, PLACE: constexpr, SIGN: constexpr, TABLE: constexpr):
+    """The same, with a sign bit at SIGN, SIGN + 8, ..."""
+    out = ()
+    for e in tl.static_range(4):
+        magnitude = _choose((word >> (PLACE + 4 * e)) & 7, TABLE, 8)
+        out = out + (tl.where(((word >> (SIGN + 8 * e)) & 1) == 1, -magnitude, magnitude),)
+    return out
 
 
 @triton.jit
-def _signs(word, PLACE: constexpr):
-    return _row_of_four(_sign(word, PLACE), _sign(word, PLACE + 8), _sign(word, PLACE + 16), _sign(word, PLACE + 24))
-
-
-@triton.jit
-def _twin_planes(at, BITS: constexpr):
-    """The same planes in Triton alone: for devices without e4m3 conversion, and for the interpreter.
+def _twin(at, BITS: constexpr):
+    """Elements of words in Triton alone: for devices without e4m3 conversion, and for the interpreter.
 
     Args:
-        at: pointers int32[32, 8] to the words of the group's first tile.
+        at: pointers int32[...] to the words of the group's first tile.
+
+    Shapes: -> float32[...], four for each plane.
     """
     w = tl.load(at)
     if BITS == 4:
-        out = (
-            _nibble(w, 0, 7, TABLE4, 8) * _signs(w, 7),
-            _nibble(w, 16, 7, TABLE4, 8) * _signs(w, 3),
-        )
+        out = _signed(w, 0, 7, TABLE4) + _signed(w, 16, 3, TABLE4)
     elif BITS == 2:
         out = (
-            _nibble(w, 0, 3, TABLE2, 4),
-            _nibble(w, 16, 3, TABLE2, 4),
-            _nibble(w, 2, 3, TABLE2, 4),
-            _nibble(w, 18, 3, TABLE2, 4),
-        )
+            _nibble(w, 0, 3, TABLE2, 4) + _nibble(w, 16, 3, TABLE2, 4)
+            + _nibble(w, 2, 3, TABLE2, 4) + _nibble(w, 18, 3, TABLE2, 4)
+        )  # fmt: skip
     else:
         x = tl.load(at + 256)
         y = tl.load(at + 512)
         z = ((w >> 1) & 0x44444444) | ((x >> 2) & 0x22222222) | ((y >> 3) & 0x11111111)
         out = (
-            _nibble(w, 0, 7, TABLE3, 8),
-            _nibble(w, 16, 7, TABLE3, 8),
-            _nibble(x, 0, 7, TABLE3, 8),
-            _nibble(x, 16, 7, TABLE3, 8),
-            _nibble(y, 0, 7, TABLE3, 8),
-            _nibble(y, 16, 7, TABLE3, 8),
-            _nibble(z, 0, 7, TABLE3, 8),
-            _nibble(z, 16, 7, TABLE3, 8),
-        )
+            _nibble(w, 0, 7, TABLE3, 8) + _nibble(w, 16, 7, TABLE3, 8)
+            + _nibble(x, 0, 7, TABLE3, 8) + _nibble(x, 16, 7, TABLE3, 8)
+            + _nibble(y, 0, 7, TABLE3, 8) + _nibble(y, 16, 7, TABLE3, 8)
+            + _nibble(z, 0, 7, TABLE3, 8) + _nibble(z, 16, 7, TABLE3, 8)
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _twin_planes(at, BITS: constexpr, PLANES: constexpr):
+    """Planes of one group of tiles. Shapes: ``at`` [32, 8] -> PLANES times float16[32, 32]."""
+    e = _twin(at, BITS)
+    out = ()
+    for p in tl.static_range(PLANES):
+        row = tl.join(tl.join(e[4 * p], e[4 * p + 2]), tl.join(e[4 * p + 1], e[4 * p + 3]))
+        out = out + (tl.reshape(row, (32, 32)).to(tl.float16),)
+    return out
+
+
+@triton.jit
+def _halves(pair):
+    """Two float16 that share a register."""
+    low = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+    return low, (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def elements(at, BITS: constexpr, TWIN: constexpr):
+    """Elements of words, wherever a layout puts them: each word is decoded by the thread that has it.
+
+    Args:
+        at: pointers int32[...] to the words of the first tile of each group.
+        TWIN: whether to decode without assembly.
+
+    Shapes: -> float16[...], four for each plane of a group, in units of the width's step.
+    """
+    out = ()
+    if TWIN:
+        e = _twin(at, BITS)
+        for i in tl.static_range(32 if BITS == 3 else 32 // BITS):
+            out = out + (e[i].to(tl.float16),)
+    else:
+        if BITS == 4:
+            pairs = tl.inline_asm_elementwise(
+                ASSEMBLY4, "=r,=r,=r,=r,r", [tl.load(at)], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True,
+                pack=1,
+            )  # fmt: skip
+        elif BITS == 2:
+            pairs = tl.inline_asm_elementwise(
+                ASSEMBLY2, "=r,=r,=r,=r,=r,=r,=r,=r,r", [tl.load(at)],
+                dtype=(tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32),
+                is_pure=True, pack=1,
+            )  # fmt: skip
+        else:
+            pairs = tl.inline_asm_elementwise(
+                ASSEMBLY3, "=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,r,r,r",
+                [tl.load(at), tl.load(at + 256), tl.load(at + 512)],
+                dtype=(
+                    tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32,
+                    tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32,
+                ), is_pure=True, pack=1,
+            )  # fmt: skip
+        for i in tl.static_range(16 if BITS == 3 else 16 // BITS):
+            low, high = _halves(pairs[i])
+            out = out + (low, high)
     return out
 
 
@@ -238,7 +289,7 @@ def planes(BYTES, WORDS, BITS: constexpr, PLANES: constexpr, TWIN: constexpr):
     if TWIN:
         place = (row * 8)[:, None] + tl.arange(0, 8)[None, :]
         for i in tl.static_range(PLANES // GROUP):
-            out = out + _twin_planes(WORDS + i * (TILES * 256) + place, BITS)
+            out = out + _twin_planes(WORDS + i * (TILES * 256) + place, BITS, GROUP)
     else:
         place = (row * 32)[:, None] + row[None, :]
         for i in tl.static_range(PLANES // GROUP):

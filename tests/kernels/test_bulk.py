@@ -1,0 +1,202 @@
+"""Many tokens at once in the interpreter: bulk encode against the portable path, byte for byte, and a prefill's
+attention against float32 by the book."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sphkv_compile.kernels.gpu import bulk
+from sphkv_compile.ops import append as appending
+from sphkv_compile.ops.append import append
+from sphkv_compile.ops.attend import attend
+from sphkv_compile.ops.reference import attend_reference
+from sphkv_compile.spec import Tier
+from sphkv_compile.storage.layout import Layout
+from sphkv_compile.storage.state import BASE, SPANS, Geometry, State
+from sphkv_compile.testing.oracle import shuffled_state
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted only where there is no device")
+B, H, SINK, WINDOW, SPAN = 2, 2, 4, 32, 128
+
+
+def make(tier, dim, dtype=torch.float32, rolling=False, capacity=700, span=SPAN):
+    layout = Layout("axis_cosine", (Tier.parse(tier),), SINK, WINDOW, span, 64, 0, "half", dim, "tiles")
+    return shuffled_state(layout, Geometry(B, H, capacity, dim, dim, dtype, dtype, rolling), seed=1), layout
+
+
+def tokens(count, dim, group, dtype=torch.float32):
+    """Queries, keys with a constant of their own, values. Shapes: [B, HQ, count, D], [B, H, count, D] twice."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    k = normal(B, H, count, dim) * 2 + normal(1, H, 1, dim) * 3
+    return [x.to(dtype) for x in (normal(B, H * group, count, dim), k, normal(B, H, count, dim))]
+
+
+def part(x, *index):
+    return [t[:, :, slice(*index)] for t in x]
+
+
+def masks(kind, first, count, columns):
+    """Shapes: -> bool[B or 1, 1, T or 1, columns] or None."""
+    column, row = torch.arange(columns), first + torch.arange(count)[:, None]
+    causal = (column <= row).expand(B, 1, count, columns)
+    if kind == "none":
+        return None
+    if kind == "causal":
+        return causal[:1]
+    padded = causal & (column >= torch.tensor([0, 7]).view(B, 1, 1, 1))
+    if kind == "padded":
+        return padded
+    if kind == "sliding":
+        return padded & (column > row - 100)
+    if kind == "holes":
+        return padded & ((column % 7 != 3) | (column == row))
+    assert kind == "broadcast"
+    return (column < first).expand(1, 1, 1, columns)
+
+
+@pytest.mark.parametrize(
+    ("tier", "dim", "group", "dtype", "kind", "held", "count"),
+    [
+        ("K4V4", 64, 3, torch.float32, "padded", 400, 17),
+        ("K4V2", 128, 2, torch.float16, "holes", 300, 9),
+        ("K3V3", 128, 1, torch.float32, "causal", 300, 9),
+        ("K2V4", 64, 4, torch.float32, "none", 300, 5),
+        ("K2V2", 64, 4, torch.float32, "sliding", 400, 40),
+        ("K4V4", 256, 1, torch.float32, "broadcast", 300, 3),
+        ("K4V4", 64, 2, torch.float32, "padded", 100, 70),  # no span has left the window
+        ("K4V4", 64, 2, torch.float32, "padded", 0, 70),  # nothing is held
+        ("K4V4", 64, 2, torch.float32, "holes", 0, 70),
+        ("K4V4", 64, 2, torch.float32, "causal", 0, 70),
+    ],
+)
+def test_attention_against_the_reference(tier, dim, group, dtype, kind, held, count):
+    state, layout = make(tier, dim, dtype)
+    x = tokens(held + count, dim, group, dtype)
+    if held:
+        append(state, layout, *part(x, 0, held), 0, [0, 7] if kind in ("padded", "holes", "sliding") else [0, 0])
+    new, mask = part(x, held, held + count), masks(kind, held, count, 700)
+    assert bulk.attend_served(layout, *new, mask)
+    for is_causal in (False, True) if kind in ("none", "causal") else (False,):
+        arguments = state, layout, *new, held, 0, held + count if kind == "none" else 700, mask, is_causal, None
+        out, want = bulk.attend(*arguments), attend_reference(*arguments)
+        gap = (out - want).float().norm() / want.float().norm()
+        assert out.dtype == dtype and float(gap) < 2e-3  # float16 products; a wrong token gives over 1e-2
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """A function that appends with the bulk encoder."""
+
+    def run(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr(appending, "on_device", lambda *_: bulk)
+            append(*args)
+
+    return run
+
+
+def check_equal(ours, spec):
+    for name, a, b in zip(State._fields, ours, spec):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(
+    ("tier", "dim", "dtype", "span"),
+    [
+        ("K4V4", 64, torch.float32, 128),
+        ("K4V2", 128, torch.bfloat16, 128),
+        ("K3V3", 128, torch.float16, 64),
+        ("K2V4", 256, torch.float32, 128),
+        ("K4V4", 64, torch.float16, 256),
+    ],
+)
+def test_spans_are_encoded_bit_for_bit(fused, tier, dim, dtype, span):
+    """Out of the new tokens, out of the window, and across both; row by row, where padding sets the rows apart; after
+    a rollback; and from tensors whose heads lie inside tokens."""
+    (ours, layout), (spec, _) = make(tier, dim, dtype, span=span), make(tier, dim, dtype, span=span)
+    inside = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tokens(690, dim, 2, dtype)]
+    inside[1][:, :, 200], inside[2][:, :, 201] = 0, 0  # a key and a value without direction
+    at = 0
+    for first, to, starts in ((0, 100, [0, 7]), (100, 310, [0, 7]), (310, 600, [0, 7]), (500, 690, [0, 7])):
+        for write, state in ((fused, ours), (append, spec)):
+            write(state, layout, *part(inside, first, to), first, starts)
+        check_equal(ours, spec)
+        at = to
+    assert int(spec.rows[0, SPANS]) == layout.coded_spans(at) > 1
+
+
+def test_a_window_longer_than_a_lap_keeps_its_last_spans(fused):
+    """600 tokens into a sliding window of 200: the older spans have no page, and learn the scale all the same."""
+    (ours, layout), (spec, _) = (make("K4V4", 64, rolling=True, capacity=200) for _ in range(2))
+    x = tokens(600, 64, 2)
+    for write, state in ((fused, ours), (append, spec)):
+        write(state, layout, *x, 0, [0, 0])
+    check_equal(ours, spec)
+    assert int(spec.rows[0, SPANS]) > spec.anchors.shape[2]
+
+
+@pytest.mark.parametrize("kind", ["none", "holes"])
+def test_attention_in_a_rolling_window(kind):
+    """Pages come round: the page of a token is its number modulo their count, and column 0 is not position 0."""
+    state, layout = make("K4V4", 64, rolling=True, capacity=200)
+    x = tokens(609, 64, 2)
+    append(state, layout, *part(x, 0, 600), 0, [0, 0])
+    base = 600 + 9 - 200
+    state.rows[:, BASE] = base
+    mask = (torch.arange(200) % 7 != 3).expand(B, 1, 9, 200).contiguous() if kind == "holes" else None
+    arguments = state, layout, *part(x, 600, 609), 600, base, 200, mask, False, None
+    held = torch.arange(200) + base >= 0
+    out, want = bulk.attend(*arguments), attend(*arguments)
+    assert bool(held.all()) and float((out - want).norm() / want.norm()) < 2e-3
+
+
+def test_a_write_into_codes_sees_only_what_lies_before_it():
+    state, layout = make("K4V4", 64)
+    x = tokens(400, 64, 2)
+    append(state, layout, *x, 0, [0, 7])
+    for first in (2, 60, 150, 262):
+        arguments = (
+            state,
+            layout,
+            *part(x, first, first + 5),
+            first,
+            0,
+            700,
+            masks("padded", first, 5, 700),
+            False,
+            None,
+        )
+        out, want = bulk.attend(*arguments), attend(*arguments)
+        assert float((out - want).norm() / want.norm()) < 2e-3
+
+
+def test_what_is_not_served():
+    """Additive masks, masks of a head, dtypes that differ, and pages in rows go the portable way."""
+    _, layout = make("K4V4", 64)
+    q, k, v = tokens(4, 64, 2)
+    seen = torch.ones(B, 1, 4, 700, dtype=torch.bool)
+    assert bulk.attend_served(layout, q, k, v, seen) and bulk.attend_served(layout, q, k, v, None)
+    assert not bulk.attend_served(layout, q, k, v, seen.float())
+    assert not bulk.attend_served(layout, q, k, v, seen.expand(B, 4, 4, 700))
+    assert not bulk.attend_served(layout, q.half(), k, v, seen)
+    assert not bulk.attend_served(replace(layout, packing="rows"), q, k, v, seen)
+
+
+def test_only_a_causal_mask_goes_to_the_library(monkeypatch):
+    """The library's kernels are asked for plain causal attention alone; a mask that merely resembles it is not that."""
+    asked = []
+    monkeypatch.setattr(bulk, "_alone", lambda q, k, v, is_causal, scale: asked.append(is_causal) or q)
+    state, layout = make("K4V4", 64)
+    x = tokens(20, 64, 1)
+    for kind, is_causal, expected in (
+        ("none", False, [False]), ("none", True, [True]), ("causal", False, [True]), ("padded", False, []),
+        ("holes", False, []), ("causal", True, []),
+    ):  # fmt: skip
+        asked.clear()
+        bulk.attend(state, layout, *x, 0, 0, 20, masks(kind, 0, 20, 20), is_causal, None)
+        assert asked == expected, (kind, is_causal)
