@@ -154,7 +154,7 @@ def over_codes(state, layout, q, k, v, first, base, columns, is_causal, scale, l
         KTABLE=words.lookup(tier.k_bits), VTABLE=words.lookup(tier.v_bits),
         CAUSAL=is_causal, BOUNDED=lo is not None, MASKED=bits is not None,
         PRECISION="tf32x3" if single else "tf32",
-        ROWS=rows, BLOCK=32 if single or twin or d == 256 else 64, STAGES=2, num_stages=2, num_warps=8,
+        ROWS=rows, BLOCK=32 if single or twin or bits is not None or d == 256 else 64, STAGES=2, num_stages=2, num_warps=8,
     )  # fmt: skip
     return out
 
