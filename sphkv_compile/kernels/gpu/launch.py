@@ -81,7 +81,7 @@ def attend(
     h, device = k.shape[1], q.device
     g, spans, pages = hq // h, state.anchors.shape[2], state.table.shape[2]
     exact = triton.cdiv(layout.sink + layout.ring, tiles.EDGE)
-    parts = max(1, min(OCCUPANCY * _processors(device) // (b * h), pages // 2, SLICES - exact))
+    parts = max(1, min(OCCUPANCY * processors(device) // (b * h), pages // 2, SLICES - exact))
     slices = exact + parts
     turned = torch.empty(b * h, HEADS, d, dtype=torch.float16, device=device)
     bias = torch.empty(b * h, max(1, spans), HEADS, dtype=torch.float32, device=device)
@@ -177,7 +177,8 @@ def codebooks(tier: Tier) -> dict[str, tuple]:
 
 
 @lru_cache(None)
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the device."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
