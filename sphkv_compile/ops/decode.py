@@ -190,8 +190,8 @@ def check_device(layout: Layout, dim: int, group: int, dtype: torch.dtype, devic
         raise RuntimeError(
             f"sphkv: on {device} ({name}) the fused kernels for {layout.summary} differ from the portable path: "
             f"attention by {gap:.2g} of the output (expected less than {_CLOSE}), {differ:.2g} of the codes (expected "
-            f"less than {_SAME}). They would give wrong answers, so nothing is compiled. Update Triton and the driver, or "
-            "choose a codec that runs without them: options={'codec': 'pair_polar'}."
+            f"less than {_SAME}). They would give wrong answers, so nothing is compiled. Update Triton and the driver, "
+            "or choose a codec that runs without them: options={'codec': 'pair_polar'}."
         )
 
 

@@ -19,6 +19,10 @@ B, H, G, PADDING = 2, 2, 4, (0, 9)
 LIMIT = 2.5e-3
 """Relative error: queries, keys, weights and values are float16 in the products, outputs in the model's dtype."""
 
+DIMS = (64, 128, 256)
+CASES = [(tier, dim, torch.bfloat16) for tier in ("K4V4", "K4V2", "K3V3", "K2V2") for dim in DIMS]
+CASES += [("K4V4", dim, dtype) for dtype in (torch.float16, torch.float32) for dim in DIMS]
+
 
 def make(tier, dim, dtype, capacity, rolling=False):
     from sphkv_compile.kernels.gpu import launch
@@ -63,9 +67,7 @@ def masks(kind, first, count, columns):
     }[kind]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize("tier", ["K4V4", "K4V2", "K3V3", "K2V2"])
+@pytest.mark.parametrize(("tier", "dim", "dtype"), CASES)
 def test_codes_are_those_of_the_host(tier, dim, dtype):
     """One-shot, chunks, a padded row, a rollback, tensors whose heads lie inside tokens. A fused multiply-add or an
     approximate quotient moves codes; a wrong stride or slot moves whole spans."""
@@ -112,9 +114,7 @@ def check(state, layout, new, first, base, columns, mask, is_causal):
     assert out.dtype == new[0].dtype and gap < LIMIT * (1 if out.dtype != torch.bfloat16 else 1.5), gap
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize("tier", ["K4V4", "K4V2", "K3V3", "K2V2"])
+@pytest.mark.parametrize(("tier", "dim", "dtype"), CASES)
 @pytest.mark.parametrize("count", [2, 17, 256])
 def test_attention_over_widths_and_dtypes(tier, dim, dtype, count):
     state, layout = make(tier, dim, dtype, 1800)

@@ -155,6 +155,20 @@ def test_attention_in_a_rolling_window(kind):
     assert bool(held.all()) and float((out - want).norm() / want.norm()) < 2e-3
 
 
+@pytest.mark.parametrize("kind", ["none", "padded", "sliding", "holes"])
+def test_parts_of_a_row_add_up(monkeypatch, kind):
+    """A few new tokens after many: parts without a page, with edges, and the one that has the exact tokens."""
+    monkeypatch.setattr(bulk, "processors", lambda device: 16)
+    monkeypatch.setattr(bulk, "PART", 2)
+    state, layout = make("K4V4", 64)
+    x = tokens(453, 64, 2)
+    append(state, layout, *part(x, 0, 450), 0, [0, 7])
+    mask = masks(kind, 450, 3, 700)
+    arguments = state, layout, *part(x, 450, 453), 450, 0, 453 if kind == "none" else 700, mask, False, None
+    out, want = bulk.attend(*arguments), attend(*arguments)
+    assert float((out - want).norm() / want.norm()) < 2e-3
+
+
 def test_a_write_into_codes_sees_only_what_lies_before_it():
     state, layout = make("K4V4", 64)
     x = tokens(400, 64, 2)

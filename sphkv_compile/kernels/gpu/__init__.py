@@ -1,1 +1,1 @@
-"""Triton kernels: the decode step over tiled pages, for CUDA."""
+"""Triton kernels for CUDA: the decode step, bulk encode and a prefill's attention over tiled pages."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -10,11 +12,13 @@ from torch import Tensor
 from sphkv_compile.kernels.gpu import words
 from sphkv_compile.kernels.gpu.decode import LOG2E
 from sphkv_compile.kernels.gpu.encode import encode_spans
-from sphkv_compile.kernels.gpu.launch import codebooks, converts, signs_of
+from sphkv_compile.kernels.gpu.launch import codebooks, converts, processors, signs_of
 from sphkv_compile.kernels.gpu.prefill import extents, prefill, turn_queries
 from sphkv_compile.storage.layout import Layout
 from sphkv_compile.storage.state import START, State
 
+PART = 16
+"""Pages that a part of a row takes at least, where a few new tokens alone would leave most of the device idle."""
 TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -89,16 +93,16 @@ def extents_of(mask: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor | Non
     Shapes: -> int32[B or 1, T or 1], the same, int32[B or 1, T or 1, words].
     """
     b, _, t, _ = mask.shape
-    words = triton.cdiv(columns, 256) * 8 + 6  # whole words on either side, so that a block may begin anywhere
+    width = triton.cdiv(columns, 256) * 8 + 6  # whole words on either side, so that a block may begin anywhere
     lo, hi = torch.empty(2, b, t, dtype=torch.int32, device=mask.device)
     holes = torch.zeros(1, dtype=torch.int32, device=mask.device)
     bytes_ = mask.view(torch.uint8)
     launched = extents[(triton.cdiv(t, 16), b)]
-    numbers = t, columns, mask.stride(0), mask.stride(2), words
+    numbers = t, columns, mask.stride(0), mask.stride(2), width
     launched(bytes_, lo, hi, holes, holes, *numbers, ROWS=16, PACK=False)
     if not bool(holes):
         return lo, hi, None
-    bits = torch.zeros(b, t, words, dtype=torch.int32, device=mask.device)
+    bits = torch.zeros(b, t, width, dtype=torch.int32, device=mask.device)
     launched(bytes_, lo, hi, holes, bits, *numbers, ROWS=16, PACK=True)
     return lo, hi, bits
 
@@ -127,35 +131,58 @@ def _alone(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None
     return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=group > 1).contiguous()
 
 
-def over_codes(state, layout, q, k, v, first, base, columns, is_causal, scale, lo, hi, bits) -> Tensor:
+def over_codes(
+    state: State,
+    layout: Layout,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: int,
+    base: int,
+    columns: int,
+    is_causal: bool,
+    scale: float | None,
+    lo: Tensor | None,
+    hi: Tensor | None,
+    bits: Tensor | None,
+) -> Tensor:
+    """The launch itself, with the mask as :func:`extents_of` tells it."""
     b, hq, t, d = q.shape
     h, device = k.shape[1], q.device
     g = hq // h
     (tier,) = layout.tiers
     signs, twin = signs_of(layout, d, device), not converts(device)
     single = q.dtype == torch.float32
-    few = d == 256 or bits is not None or t * g <= 64
-    rows = 32 if single or twin else 64 if few else 128  # as many as registers allow
+    # as many query rows and exact tokens at once as registers allow
+    rows = 32 if single or twin else 64 if d == 256 or bits is not None or t * g <= 64 else 128
+    block = 32 if single or twin or d == 256 or bits is not None else 64
     qscale = (d**-0.5 if scale is None else scale) * LOG2E
     turned = torch.empty(b * h, t * g, d, dtype=torch.float16, device=device)
-    out = torch.empty(b, hq, t, d, dtype=q.dtype, device=device)
+    blocks, pages = triton.cdiv(t * g, rows) * b * h, max(1, state.table.shape[2])
+    parts = max(1, min(processors(device) // blocks, pages // PART))
+    split = parts > 1
+    out = torch.empty(parts, b, hq, t, d, dtype=torch.float32 if split else q.dtype, device=device)
+    lse = torch.empty(parts, b, hq, t if split else 0, dtype=torch.float32, device=device)
     bounds = tuple(state.rows if x is None else x for x in (lo, hi, bits))  # what is not there is not read
     turn_queries[(triton.cdiv(t * g, 32), b * h)](
         q, state.pair_scale, signs, turned, t, qscale * words.step(tier.k_bits), *q.stride()[:3], h,
         G=g, D=d, ROWS=32, num_warps=4,
     )  # fmt: skip
-    prefill[(triton.cdiv(t * g, rows), b * h)](
+    prefill[(triton.cdiv(t * g, rows), b * h, parts)](
         q, k, v, turned, state.arena.view(torch.int32), state.table, state.anchors, state.span_scales,
-        state.exact_k, state.exact_v, signs, state.rows, *bounds, out,
+        state.exact_k, state.exact_v, signs, state.rows, *bounds, out, lse,
         first, base, columns, t, qscale, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *_steps(lo), *_steps(bits), h, max(1, state.anchors.shape[2]), max(1, state.table.shape[2]),
+        *_steps(lo), *_steps(bits), h, max(1, state.anchors.shape[2]), pages,
         G=g, D=d, KB=tier.k_bits, VB=tier.v_bits, SPAN=layout.span, SINK=layout.sink, RING=layout.ring,
         KSTEP=words.step(tier.k_bits), VSTEP=words.step(tier.v_bits),
         TWIN=twin, CAUSAL=is_causal, BOUNDED=lo is not None, MASKED=bits is not None,
-        PRECISION="tf32x3" if single else "tf32",
-        ROWS=rows, BLOCK=32 if single or twin or d == 256 else 64, STAGES=2, num_stages=2, num_warps=8,
+        PRECISION="tf32x3" if single else "tf32", ROWS=rows, BLOCK=block, STAGES=2, SPLIT=split,
+        num_stages=2, num_warps=8,
     )  # fmt: skip
-    return out
+    if not split:
+        return out[0]
+    weight = torch.softmax(lse * math.log(2), 0).unsqueeze(-1)
+    return (out * weight).sum(0).to(q.dtype)
 
 
 def _steps(x: Tensor | None) -> tuple[int, int]:

@@ -85,7 +85,7 @@ def attend(
     exact = triton.cdiv(layout.sink + layout.ring, tiles.EDGE)
     # rows and heads that hold as much as each other are divided as they are; others by a list, made on the device
     listed = layout.kept or b > 1
-    fit = OCCUPANCY * _processors(device)
+    fit = OCCUPANCY * processors(device)
     if listed:
         programs = max(b * h, min(fit, b * h * (pages // 2), MOST))
     else:
@@ -189,7 +189,8 @@ def codebooks(tier: Tier) -> dict[str, tuple]:
 
 
 @lru_cache(None)
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the device."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 

@@ -196,22 +196,24 @@ def exact_tokens(q, k, v, top, total, acc, seen, qscale, PRECISION: constexpr):
 
 @triton.jit(do_not_specialize=["first", "base_", "columns", "T"])
 def prefill(
-    Q, K, V, TURNED, WORDS, TABLE, ANCHORS, STEPS, EXACT_K, EXACT_V, SIGNS, COUNTERS, LO, HI, BITS, OUT,
+    Q, K, V, TURNED, WORDS, TABLE, ANCHORS, STEPS, EXACT_K, EXACT_V, SIGNS, COUNTERS, LO, HI, BITS, OUT, LSE,
     first, base_, columns, T, qscale, q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token,
     bound_row, bound_token, bits_row, bits_token, H, NS, NP,
     G: constexpr, D: constexpr, KB: constexpr, VB: constexpr, SPAN: constexpr, SINK: constexpr, RING: constexpr,
     KSTEP: constexpr, VSTEP: constexpr, TWIN: constexpr,
     CAUSAL: constexpr, BOUNDED: constexpr, MASKED: constexpr, PRECISION: constexpr,
-    ROWS: constexpr, BLOCK: constexpr, STAGES: constexpr,
+    ROWS: constexpr, BLOCK: constexpr, STAGES: constexpr, SPLIT: constexpr,
 ):  # fmt: skip
-    """ROWS query rows of one row of the batch and kv head. Grid: (ceil(T * G / ROWS), B * H).
+    """ROWS query rows of one row of the batch and kv head, over a part of its pages; the last part takes what is exact.
+
+    Grid: (ceil(T * G / ROWS), B * H, parts).
 
     Args:
         first: position of the first new token; base_: of column 0.
 
     Shapes: ``Q`` [B, H * G, T, D], ``K`` / ``V`` [B, H, T, D], ``TURNED`` float16[B * H, T * G, D], in units of
     1 / KSTEP, ``LO`` / ``HI`` int32[B or 1, T or 1], ``BITS`` int32[B or 1, T or 1, words] -> ``OUT`` [B,
-    H * G, T, D], contiguous.
+    H * G, T, D], contiguous; if SPLIT float32[parts, B, H * G, T, D] and ``LSE`` float32[parts, B, H * G, T].
     """
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the last rows see most: they begin first
     bh = tl.program_id(1).to(tl.int64)
@@ -237,6 +239,12 @@ def prefill(
     shift = base - begin  # token = column + shift
     page = tl.maximum(low, tl.min(lo, 0) + shift) // 64
     end = (tl.maximum(tl.minimum(stop, tl.max(hi, 0) + shift), 0) + 63) // 64
+    part = tl.program_id(2)
+    last = part == tl.num_programs(2) - 1
+    if SPLIT:
+        share = (tl.maximum(end - page, 0) + tl.num_programs(2) - 1) // tl.num_programs(2)
+        page += part * share
+        end = tl.minimum(page + share, end)
     if page < end:
         q = tl.load(TURNED + (bh * T * G + (t * G + g))[:, None] * D + d[None, :])
         # pages that every row sees whole need no comparisons
@@ -263,7 +271,7 @@ def prefill(
         acc = hadamard(acc, ROWS, D) * (VSTEP * D**-0.5 * tl.load(SIGNS + d))[None, :]
 
     q = tl.load(Q + b * q_row + (bh % H * G + g)[:, None] * q_head + t.to(tl.int64)[:, None] * q_token + d[None, :])
-    if held:
+    if held & last:
         after = begin + spans * SPAN
         sinks: constexpr = (SINK + BLOCK - 1) // BLOCK
         exact = bh * (SINK + RING) * D
@@ -281,7 +289,7 @@ def prefill(
 
     own = (first - base).to(tl.int32)  # column of the first new token
     from_ = tl.maximum(tl.min(lo, 0) - own, 0) // BLOCK * BLOCK
-    to = tl.minimum(tl.max(hi, 0) - own, T)
+    to = tl.where(last, tl.minimum(tl.max(hi, 0) - own, T), 0)
     new_k = K + b * k_row + bh % H * k_head
     new_v = V + b * v_row + bh % H * v_head
     for at in tl.range(from_, to, BLOCK, num_stages=STAGES):
@@ -294,5 +302,8 @@ def prefill(
     out = acc / tl.maximum(total, 1e-30)[:, None]
     fault = (tl.load(COUNTERS + b * WIDTH + FROZEN) == FAULT) & held & (first > begin - SINK)
     out = tl.where(fault, float("nan"), out)
-    at = OUT + ((bh * G + g) * T + t)[:, None] * D + d[None, :]
-    tl.store(at, out.to(OUT.dtype.element_ty), mask=inside[:, None])
+    row = (bh * G + g) * T + t
+    if SPLIT:
+        row += part.to(tl.int64) * tl.num_programs(1) * G * T
+        tl.store(LSE + row, top + tl.log2(tl.maximum(total, 1e-30)), mask=inside)
+    tl.store(OUT + row[:, None] * D + d[None, :], out.to(OUT.dtype.element_ty), mask=inside[:, None])
