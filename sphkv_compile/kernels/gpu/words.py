@@ -163,7 +163,7 @@ def _nibble(word, PLACE: constexpr, MASK: constexpr, TABLE: constexpr, N: conste
     """The elements at bits PLACE, PLACE + 4, ... of every word."""
     out = ()
     for e in tl.static_range(4):
-        out = out + (_choose((word >> (PLACE + 4 * e)) & MASK, TABLE, N),)
+        out = out + (_choose((word >> (PLACE + 4 * e)) & MASK, TABLE, N).to(tl.float16),)
     return out
 
 
@@ -172,7 +172,7 @@ def _signed(word, PLACE: constexpr, SIGN: constexpr, TABLE: constexpr):
     """The same, with a sign bit at SIGN, SIGN + 8, ..."""
     out = ()
     for e in tl.static_range(4):
-        magnitude = _choose((word >> (PLACE + 4 * e)) & 7, TABLE, 8)
+        magnitude = _choose((word >> (PLACE + 4 * e)) & 7, TABLE, 8).to(tl.float16)
         out = out + (tl.where(((word >> (SIGN + 8 * e)) & 1) == 1, -magnitude, magnitude),)
     return out
 
@@ -184,7 +184,7 @@ def _twin(at, BITS: constexpr, TABLE: constexpr):
     Args:
         at: pointers int32[...] to the words of the group's first tile.
 
-    Shapes: -> float32[...], four for each plane.
+    Shapes: -> float16[...], four for each plane.
     """
     w = tl.load(at)
     if BITS == 4:
@@ -214,7 +214,7 @@ def _twin_planes(at, BITS: constexpr, PLANES: constexpr, TABLE: constexpr):
     out = ()
     for p in tl.static_range(PLANES):
         row = tl.join(tl.join(e[4 * p], e[4 * p + 2]), tl.join(e[4 * p + 1], e[4 * p + 3]))
-        out = out + (tl.reshape(row, (32, 32)).to(tl.float16),)
+        out = out + (tl.reshape(row, (32, 32)),)
     return out
 
 
@@ -237,9 +237,7 @@ def elements(at, BITS: constexpr, ASM: constexpr, TABLE: constexpr):
     """
     out = ()
     if ASM == "":
-        e = _twin(at, BITS, TABLE)
-        for i in tl.static_range(32 if BITS == 3 else 32 // BITS):
-            out = out + (e[i].to(tl.float16),)
+        out = _twin(at, BITS, TABLE)
     else:
         if BITS == 4:
             pairs = tl.inline_asm_elementwise(
