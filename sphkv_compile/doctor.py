@@ -82,7 +82,7 @@ def _facts() -> dict[str, str]:
 
 def _version(name: str) -> str:
     try:
-        return importlib.metadata.version(name)
+        return torch.__version__ if name == "torch" else importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
 

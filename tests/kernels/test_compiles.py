@@ -23,9 +23,11 @@ def facts(capability, *chosen):
 def check(rows, capability):
     assert rows
     for row in rows:
-        # At head_dim 256 an encoder holds 64 rows of it, a block of queries its sums; the twin holds whole planes.
+        # At head_dim 256 an encoder holds 64 rows of it, a block of queries its sums; the twin holds whole planes. On
+        # sm_100 a block of 128 queries is some bytes over.
         many = ("append", "encode_spans", "prefill") + (("decode",) if capability < 89 else ())
-        assert row["spilled"] <= (720 if row["kernel"] in many and "256" in row["of"] else 0), row
+        few = 16 if capability >= 100 and row["kernel"] == "prefill" else 0
+        assert row["spilled"] <= (720 if row["kernel"] in many and "256" in row["of"] else few), row
         if row["kernel"] != "decode":
             continue
         assert row["wgmma"] == 0 and row["mma"] > 0, row  # wgmma reads codes in another layout, and gives other results

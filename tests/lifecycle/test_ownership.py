@@ -78,7 +78,8 @@ class TestImportAndExport:
         length = cache.get_seq_length()
         for _ in range(10):
             content(cache)
-            cache.crop(-1) if m.kind == "static" else None
+            for layer in cache.layers if m.kind == "static" else ():
+                layer.cumulative_length.sub_(1)  # what a crop does, where transformers has one
             Log().call(m.step, cache, token)
         for owner, old in zip(owners(cache), before):
             assert owner.recoded_tokens == 0

@@ -157,17 +157,11 @@ def _choose(index, TABLE: constexpr, N: constexpr):
 
 
 @triton.jit
-def _row_of_four(a, b, c, d):
-    """Elements 0, 1, 2, 3 of every word, side by side. Shapes: [32, 8] each -> float16[32, 32]."""
-    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (32, 32)).to(tl.float16)
-
-
-@triton.jit
 def _nibble(word, PLACE: constexpr, MASK: constexpr, TABLE: constexpr, N: constexpr):
     """The elements at bits PLACE, PLACE + 4, ... of every word."""
     out = ()
     for e in tl.static_range(4):
-        out = out + (_choose((word >> (PLACE + 4 * e)) & MASK, TABLE, N),)
+        out = out + (_choose((word >> (PLACE + 4 * e)) & MASK, TABLE, N).to(tl.float16),)
     return out
 
 
@@ -176,7 +170,7 @@ def _signed(word, PLACE: constexpr, SIGN: constexpr, TABLE: constexpr):
     """The same, with a sign bit at SIGN, SIGN + 8, ..."""
     out = ()
     for e in tl.static_range(4):
-        magnitude = _choose((word >> (PLACE + 4 * e)) & 7, TABLE, 8)
+        magnitude = _choose((word >> (PLACE + 4 * e)) & 7, TABLE, 8).to(tl.float16)
         out = out + (tl.where(((word >> (SIGN + 8 * e)) & 1) == 1, -magnitude, magnitude),)
     return out
 
@@ -188,7 +182,7 @@ def _twin(at, BITS: constexpr):
     Args:
         at: pointers int32[...] to the words of the group's first tile.
 
-    Shapes: -> float32[...], four for each plane.
+    Shapes: -> float16[...], four for each plane.
     """
     w = tl.load(at)
     if BITS == 4:
@@ -218,7 +212,7 @@ def _twin_planes(at, BITS: constexpr, PLANES: constexpr):
     out = ()
     for p in tl.static_range(PLANES):
         row = tl.join(tl.join(e[4 * p], e[4 * p + 2]), tl.join(e[4 * p + 1], e[4 * p + 3]))
-        out = out + (tl.reshape(row, (32, 32)).to(tl.float16),)
+        out = out + (tl.reshape(row, (32, 32)),)
     return out
 
 
@@ -239,12 +233,10 @@ def elements(at, BITS: constexpr, TWIN: constexpr):
 
     Shapes: -> float16[...], four for each plane of a group, in units of the width's step.
     """
-    out = ()
     if TWIN:
-        e = _twin(at, BITS)
-        for i in tl.static_range(32 if BITS == 3 else 32 // BITS):
-            out = out + (e[i].to(tl.float16),)
+        out = _twin(at, BITS)
     else:
+        out = ()
         if BITS == 4:
             pairs = tl.inline_asm_elementwise(
                 ASSEMBLY4, "=r,=r,=r,=r,r", [tl.load(at)], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True,
