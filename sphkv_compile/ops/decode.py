@@ -159,7 +159,7 @@ def check_device(layout: Layout, dim: int, group: int, dtype: torch.dtype, devic
     """
     from sphkv_compile.kernels.gpu import launch
 
-    group = min(group, launch.HEADS)
+    group = min(group, launch.PASSES * launch.HEADS)
     count = layout.sink + layout.window + 2 * layout.span - 1  # the next token completes the second span
     shape = Geometry(1, 1, count + 1, dim, dim, dtype, dtype, False)
     pages = layout.spans(count + 1, False) * layout.pages_per_span

@@ -72,6 +72,18 @@ def test_against_float64(tier, dim, dtype, masked):
     assert gap < LIMIT * (1 if dtype != torch.bfloat16 else 1.5)  # bfloat16 rounds the output itself by 1.1e-3
 
 
+@pytest.mark.parametrize("group", [1, 8, 9, 16])
+def test_groups(group):
+    from sphkv_compile.kernels.gpu import launch
+
+    state, layout, new, columns = filled("K4V4", 128, torch.float16, group=group)
+    pos = torch.tensor([1500], device="cuda")
+    assert launch.call_served(layout, *new, None, False)
+    out = launch.attend(state, layout, *new, pos, None, columns, None, None, False)
+    want = expected(state, layout, new, columns, shown(1500, columns))
+    assert float((out.double().cpu() - want).norm() / want.norm()) < LIMIT
+
+
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_assembly_and_twin_decode_every_word_alike(bits, dim):

@@ -80,6 +80,7 @@ def test_the_twin_decodes_every_code(bits, dim):
         ("K3V3", 128, 1, torch.float32, True, 300),
         ("K2V4", 64, 4, torch.float32, False, 300),
         ("K4V4", 256, 2, torch.float32, True, 300),
+        ("K4V4", 64, 12, torch.float32, True, 300),  # in two passes
         ("K4V4", 64, 2, torch.float32, True, 3),  # sinks alone
         ("K4V4", 64, 2, torch.float32, False, 120),  # no span has left the window
     ],
@@ -106,7 +107,7 @@ def test_attention_against_float64(tier, dim, group, dtype, masked, count):
     ("tier", "dim", "group", "rope", "masked"),
     [
         ("K4V4", 64, 3, "half", False),
-        ("K4V2", 128, 4, "half", True),
+        ("K4V2", 128, 12, "half", True),
         ("K2V2", 64, 1, "interleaved", True),
         ("K3V3", 128, 2, "none", False),
     ],

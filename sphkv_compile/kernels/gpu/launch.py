@@ -1,4 +1,11 @@
-"""Launches the decode step's kernels on a state's memory, without a read from the device."""
+"""Launches the decode step's kernels on a state's memory, without a read from the device.
+
+These launches stand behind custom operators, not behind Inductor's TritonTemplate: an attention is three kernels that
+share a list of work made on the device, the last of them launched while the one before it still runs, and an append
+writes twelve tensors of state; a template makes one kernel with one output and knows none of this. In a CUDA graph an
+operator costs the host nothing. What a template could fuse, the output's projection, it could not either: a product of
+one row is a kernel of the library.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +33,8 @@ OCCUPANCY = 12
 wait for a second round."""
 REGISTERS = 168
 """Of a thread of ``decode``, so that as many fit; the twin, which decodes in arithmetic, takes more warps instead."""
+PASSES = 2
+"""Passes over the codes at most, for more query heads than one product holds."""
 SLICES = 128
 """Parts that ``combine`` merges at once; more slow it."""
 MOST = 1 << 15
@@ -53,7 +62,7 @@ def call_served(layout: Layout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | 
         and (layout.kept or len(layout.tiers) == 1)
         and q.shape[2] == 1
         and not is_causal  # aligned to the upper left, it would show one column
-        and q.shape[1] // k.shape[1] <= HEADS
+        and q.shape[1] // k.shape[1] <= PASSES * HEADS
         and q.dtype == k.dtype == v.dtype
         and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
         and (
@@ -82,6 +91,11 @@ def attend(
     b, hq, _, d = q.shape
     h, device = k.shape[1], q.device
     g, spans, pages = hq // h, state.anchors.shape[2], state.table.shape[2]
+    if g > HEADS:  # the codes are read once for each pass
+        passes = q.view(b, h, g, d).chunk(triton.cdiv(g, HEADS), 2)
+        parts = (x.reshape(b, -1, 1, d) for x in passes)
+        outs = [attend(state, layout, x, k, v, pos, start, columns, mask, scale, rolling) for x in parts]
+        return torch.cat([x.view(b, h, -1, d) for x in outs], 2).view(b, hq, 1, d)
     exact = triton.cdiv(layout.sink + layout.ring, tiles.EDGE)
     # rows and heads that hold as much as each other are divided as they are; others by a list, made on the device
     listed = layout.kept or b > 1
@@ -162,7 +176,7 @@ def append(
         state.anchors, state.span_scales, state.exact_k, state.exact_v, state.pair_scale, state.moments, state.energy,
         signs_of(layout, d, q.device), state.rows, where, shown, start or 0,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), mask_row, h, max(1, spans), pages,
-        G=hq // h, D=d, N=HEADS, KB=tier.k_bits, VB=tier.v_bits,
+        G=hq // h, D=d, N=max(HEADS, triton.next_power_of_2(hq // h)), KB=tier.k_bits, VB=tier.v_bits,
         **codebooks(tier),
         ROTARY=layout.rotary_dim, INTERLEAVED=layout.rope == "interleaved", KNOWN=layout.rope != "none",
         KEPT=layout.kept, TIERCOUNT=len(layout.tiers), enable_fp_fusion=False, num_warps=16 if d == 256 else 8,
