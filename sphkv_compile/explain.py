@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sphkv_compile.backend import backend
-from sphkv_compile.ops.decode import attend
+from sphkv_compile.ops.decode import attend, on_device, packing
 from sphkv_compile.passes.match import Verdict
 from sphkv_compile.runtime import log
 from sphkv_compile.runtime.pool import arena_bytes, reserve
@@ -188,7 +188,8 @@ def _time_attention(
     spec: CacheSpec, n: int, hq: int, h: int, k_dim: int, v_dim: int, dtype, device
 ) -> tuple[float, float]:
     """Seconds of one decode attention over ``n`` cached tokens: codes, dense."""
-    layout = Layout.of(spec, "half", k_dim if k_dim % 2 == 0 else 0)
+    packed = packing(spec.codec, spec.tier, spec.page, k_dim, v_dim, device)
+    layout = Layout.of(spec, "half", k_dim if k_dim % 2 == 0 else 0, packed)
     g = Geometry(1, h, n, k_dim, v_dim, dtype, dtype, False)
     arena = Arena(max(64, arena_bytes(layout, g)), device)
     state = empty_state(layout, g, arena.data)
@@ -204,9 +205,26 @@ def _time_attention(
         for shape in ((1, hq, 1, k_dim), (1, h, 1, k_dim), (1, h, 1, v_dim), (1, h, n, k_dim), (1, h, n, v_dim))
     )
     mask = torch.ones(1, 1, 1, n, dtype=torch.bool, device=device)
-    ours = _median(lambda: attend(state, layout, q, new_k, new_v, n - 1, 0, n, mask, False, None))
-    dense = _median(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=hq != h))
-    return ours, dense
+
+    def sdpa() -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=hq != h)
+
+    if (fused := on_device(layout, q, new_k, new_v, mask)) is not None:
+        new = state, layout, q, new_k, new_v
+        return _replayed(lambda: fused.attend(*new, None, n - 1, n, mask, None, False)), _replayed(sdpa)
+    return _median(lambda: attend(state, layout, q, new_k, new_v, n - 1, 0, n, mask, False, None)), _median(sdpa)
+
+
+def _replayed(run: Callable[[], Any], calls: int = 8) -> float:
+    """Seconds of one call inside a CUDA graph, as ``mode="reduce-overhead"`` runs it: no launch counts."""
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run()  # compiles; nothing may be compiled while a graph is recorded
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            run()
+    return _median(graph.replay) / calls
 
 
 def _median(run: Callable[[], Any], repeats: int = 9) -> float:

@@ -59,3 +59,12 @@ def test_cuda_graphs(kind):
     plain = run(kind, mode={"triton.cudagraphs": False})
     captured = run(kind, mode={"triton.cudagraphs": True})
     assert torch.equal(plain, captured)
+
+
+def test_break_even_is_that_of_the_kernels():
+    """The portable path, whose every step waits for the device, would not pay at any of these lengths."""
+    from sphkv_compile import CacheSpec
+    from sphkv_compile.explain import break_even
+
+    found = break_even(CacheSpec(bits=4), 32, 8, 128, 128, torch.bfloat16, torch.device("cuda"))
+    assert found is not None and found < 8192

@@ -274,10 +274,10 @@ def pages(
                 if KEPT:
                     if MASKED:  # an empty slot has a negative position
                         seen = token >= 0
-                    token = tl.where(seen, token, 0)
-                    own = gather(BIAS + (token // SPAN * N)[:, None] + g[None, :], TWIN).to(tl.float32, bitcast=True)
+                    stood = tl.where(seen, token, 0).to(tl.uint32)  # unsigned: its quotients are shifts
                     if MASKED:
-                        seen = seen & (((gather(SEEN + token // 32, TWIN) >> token % 32) & 1) == 1)
+                        seen = seen & (((gather(SEEN + stood // 32, TWIN) >> (stood % 32).to(tl.int32)) & 1) == 1)
+                    own = gather(BIAS + (stood // SPAN * N)[:, None] + g[None, :], TWIN).to(tl.float32, bitcast=True)
                 else:
                     own = bias[None, :]
                     if MASKED:
