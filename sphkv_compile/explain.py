@@ -188,7 +188,7 @@ def _time_attention(
     spec: CacheSpec, n: int, hq: int, h: int, k_dim: int, v_dim: int, dtype, device
 ) -> tuple[float, float]:
     """Seconds of one decode attention over ``n`` cached tokens: codes, dense."""
-    packed = packing(spec.codec, spec.tier, spec.page, k_dim, v_dim, device)
+    packed = packing(spec, k_dim, v_dim, device)
     layout = Layout.of(spec, "half", k_dim if k_dim % 2 == 0 else 0, packed)
     g = Geometry(1, h, n, k_dim, v_dim, dtype, dtype, False)
     arena = Arena(max(64, arena_bytes(layout, g)), device)
@@ -218,6 +218,7 @@ def _time_attention(
 def _replayed(run: Callable[[], Any], calls: int = 8) -> float:
     """Seconds of one call inside a CUDA graph, as ``mode="reduce-overhead"`` runs it: no launch counts."""
     graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # what the call reads may still be written
     with torch.cuda.stream(side):
         run()  # compiles; nothing may be compiled while a graph is recorded
     torch.cuda.synchronize()

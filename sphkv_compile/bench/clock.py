@@ -27,6 +27,7 @@ def copies(nbytes: int, most: int = 24) -> int:
 def timed(calls: Sequence[Callable[[], Any]], rounds: int = 20) -> float:
     """Median microseconds of one call, replayed from one graph of all of them."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # what the calls read may still be written
     with torch.cuda.stream(stream):
         for call in calls:
             call()

@@ -12,6 +12,10 @@ from sphkv_compile.spec import Tier
 from sphkv_compile.storage.layout import UNIT, Layout
 
 
+SKEW = 0.5
+"""Heads keep from 1 - SKEW to 1 + SKEW of the shares: retention never gives them equal ones."""
+
+
 @dataclass(frozen=True)
 class Menu:
     """Tiers, widest first, and the share of all coded tokens that each holds: ``K4V4:0.1/K4V2:0.4``."""
@@ -24,8 +28,11 @@ class Menu:
         """Raises: ValueError: a share is missing, or they exceed one."""
         pairs = [part.partition(":") for part in text.split("/")]
         shares = tuple(float(share or "nan") for _, _, share in pairs)
-        if not 0 < sum(shares) <= 1:
-            raise ValueError(f"{text!r}: expected a share for each tier, one at most in all, as in 'K4V4:0.1/K4V2:0.4'")
+        if not 0 < sum(shares) * (1 + SKEW) <= 1:
+            raise ValueError(
+                f"{text!r}: expected a share for each tier, {1 / (1 + SKEW):.2f} at most in all since heads keep unequal "
+                "ones, as in 'K4V4:0.1/K4V2:0.4'"
+            )
         return cls(tuple(Tier.parse(name) for name, _, _ in pairs), shares)
 
     def __str__(self) -> str:
@@ -34,19 +41,18 @@ class Menu:
 
 def random_pages(
     menu: Menu, layout: Layout, b: int, h: int, tokens: int, slots: int, d: int, origin: int,
-    generator: torch.Generator, skew: float = 0.5,
+    generator: torch.Generator,
 ) -> dict[str, Any]:  # fmt: skip
     """Fields of a state: random tokens of ``tokens``, in random places of the arena.
 
     Args:
         origin: position of the first coded token.
-        skew: heads keep from 1 - skew to 1 + skew of the shares: retention never gives them equal ones.
 
     Shapes: ``slots`` P of the tables.
     """
     device = generator.device
     draw = torch.rand(b, h, tokens, device=device, generator=generator)
-    uneven = torch.linspace(1 - skew, 1 + skew, h, device=device).view(1, h, 1)
+    uneven = torch.linspace(1 - SKEW, 1 + SKEW, h, device=device).view(1, h, 1)
     table = torch.full((b, h, slots), -1, dtype=torch.int32, device=device)
     tiers = torch.zeros(b, h, slots, dtype=torch.uint8, device=device)
     held = torch.zeros(b, h, len(menu.tiers), dtype=torch.int32, device=device)

@@ -201,7 +201,7 @@ class Ours(Transformers):
     @property
     def layout(self) -> Layout:
         d = self.geometry.k_dim
-        packed = packing(self.spec.codec, self.spec.tier, self.spec.page, d, d, self.job.where)
+        packed = packing(self.spec, d, d, self.job.where)
         return Layout.of(self.spec, "half", d, packed)
 
     def dense_fits(self) -> bool:

@@ -14,7 +14,8 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.fx import GraphModule
 
 __all__ = [
-    "PATCHES", "compile_fx", "compile_fx_inner", "functorch_patches", "interpret", "mode_patches", "recorded_graphs",
+    "PATCHES", "compile_fx", "compile_fx_inner", "compiling", "functorch_patches", "interpret", "mode_patches",
+    "recorded_graphs",
 ]  # fmt: skip
 
 PATCHES: dict[str, Any] = {"size_asserts": False}

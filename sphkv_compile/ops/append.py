@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -12,6 +13,9 @@ from sphkv_compile.ops.pages import as_bytes, encode_span, write_pages
 from sphkv_compile.ops.read import decode_span
 from sphkv_compile.storage.layout import Layout
 from sphkv_compile.storage.state import BASE, FROZEN, HIDDEN, LENGTH, SPANS, START, State
+
+Encoder = Callable[[Layout, Tensor], ModuleType | None]
+"""Says which module encodes many spans of keys such as these, or None for the portable path."""
 
 
 def first_position(state: State, pos: Tensor | None, start: int | None, count: int) -> tuple[int, int]:
@@ -58,12 +62,22 @@ def real_starts(mask: Tensor | None, first: int, base: int, count: int, batch: i
     return at.expand(batch).tolist() if at.shape[0] == 1 else at.tolist()
 
 
-def append(state: State, layout: Layout, q: Tensor | None, k: Tensor, v: Tensor, first: int, starts: list[int]) -> None:
+def append(
+    state: State,
+    layout: Layout,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    first: int,
+    starts: list[int],
+    encoder: Encoder | None = None,
+) -> None:
     """Write tokens at positions ``first``..; what a row held at or after ``first`` is dropped.
 
     Args:
         q: queries of the new tokens, for the pair scale; None when only keys are known.
         starts: each row's first real position, used where the row holds none yet.
+        encoder: which code encodes spans; :func:`on_device` by default.
 
     Shapes: ``q`` [B, HQ, T, D], ``k`` [B, H, T, D], ``v`` [B, H, T, Dv].
     """
@@ -80,7 +94,9 @@ def append(state: State, layout: Layout, q: Tensor | None, k: Tensor, v: Tensor,
     end = first + k.shape[2]
     for (start, spans, frozen), members in groups.items():
         if start >= 0:
-            spans, frozen = _append_rows(state, layout, _Rows(members, start, spans, frozen), q, k, v, first)
+            spans, frozen = _append_rows(
+                state, layout, _Rows(members, start, spans, frozen), q, k, v, first, encoder or on_device
+            )
         for b in members:
             rows[b][START], rows[b][SPANS], rows[b][FROZEN] = start, spans, frozen
             rows[b][LENGTH] = end
@@ -100,7 +116,7 @@ class _Rows:
 
 
 def _append_rows(
-    state: State, layout: Layout, rows: _Rows, q: Tensor | None, k: Tensor, v: Tensor, first: int
+    state: State, layout: Layout, rows: _Rows, q: Tensor | None, k: Tensor, v: Tensor, first: int, encoder: Encoder
 ) -> tuple[int, int]:
     begin = rows.start + layout.sink  # where span 0 begins
     end, ring = first + k.shape[2], layout.ring
@@ -111,11 +127,11 @@ def _append_rows(
     _store(state, rows, k_new, v_new, torch.arange(from_, max(from_, min(begin, end))) - rows.start)
 
     spans = rows.spans
-    if first < begin + spans * layout.span:
+    if spans and first < begin + spans * layout.span:
         spans = _reopen(state, layout, rows, first)
     coded = layout.coded_spans(end - rows.start)
     if coded > spans:
-        _encode(state, layout, rows, k, v, first, range(spans, coded))
+        _encode(state, layout, rows, k, v, first, range(spans, coded), encoder)
     spans, frozen = max(spans, coded), 1 if coded > spans else rows.frozen
     keep = min(end, max(from_, begin + spans * layout.span, end - ring))
     slots = layout.sink + torch.arange(keep, end) % ring
@@ -178,7 +194,9 @@ def _observe(state: State, layout: Layout, rows: _Rows, q: Tensor, first: int) -
         state.moments[rows.index.to(q.device)] += total
 
 
-def _encode(state: State, layout: Layout, rows: _Rows, k: Tensor, v: Tensor, first: int, spans: range) -> None:
+def _encode(
+    state: State, layout: Layout, rows: _Rows, k: Tensor, v: Tensor, first: int, spans: range, encoder: Encoder
+) -> None:
     """Encode spans from their exact values: what the window holds before position ``first``, the new tokens from it on.
 
     Shapes: ``k`` [B, H, T, D], ``v`` [B, H, T, Dv].
@@ -195,7 +213,7 @@ def _encode(state: State, layout: Layout, rows: _Rows, k: Tensor, v: Tensor, fir
         raise RuntimeError(
             "sphkv: no page is reserved for a span that leaves the window; the plan of this step was skipped"
         )
-    if (fused := on_device(layout, k)) is not None:
+    if (fused := encoder(layout, k)) is not None:
         fused.encode(state, layout, rows.index, k, v, rows.start + layout.sink, spans, first)
     else:
         _write(state, layout, rows, *_exact_run(state, layout, rows, k, v, first, spans), spans, at, slots)

@@ -167,7 +167,7 @@ def _add_pages(softmax: Softmax, call: Call, state: State, layout: Layout, first
     anchors = state.anchors.float() * state.span_scales[..., :1].float()
     bias = turned @ anchors.mT  # [B, H, G*T, N]: q'.a' of every span, once
     used = (
-        int((state.positions >= 0).any(-1).sum(-1).max())
+        int(state.held.sum(-1).max())
         if layout.kept
         else min(state.table.shape[2], int(state.rows[:, SPANS].max()) * layout.pages_per_span)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from functools import lru_cache
 from types import ModuleType
@@ -13,20 +14,20 @@ from torch import Tensor
 from sphkv_compile.kernels.cpu import binding
 from sphkv_compile.ops import attend as blockwise
 from sphkv_compile.ops.append import append as append_python
-from sphkv_compile.spec import Tier
+from sphkv_compile.spec import CacheSpec, Tier
 from sphkv_compile.storage.layout import UNIT, Layout
 from sphkv_compile.storage.state import Geometry, State, empty_state
 
 __all__ = ["append_in_window", "attend", "check_kernels", "checked_library", "on_device", "packing"]
 
 
-def packing(codec: str, tier: Tier, page: int, k_dim: int, v_dim: int, device: torch.device) -> str:
+def packing(spec: CacheSpec, k_dim: int, v_dim: int, device: torch.device) -> str:
     """How pages lie on ``device``: as its kernels read them, where they can."""
     if device.type != "cuda":
         return "rows"
     from sphkv_compile.kernels.gpu import launch  # Triton is loaded where there is something to launch
 
-    return "tiles" if launch.layout_served(codec, tier, page, k_dim, v_dim) else "rows"
+    return "tiles" if launch.layout_served(spec, k_dim, v_dim) else "rows"
 
 
 def on_device(
@@ -150,41 +151,46 @@ def checked_library() -> binding.Library | None:
 
 @lru_cache(None)
 def check_device(layout: Layout, dim: int, group: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Let the GPU's kernels agree with the block-wise path on a small cache, once for each kind of cache and device.
+    """Let the GPU's kernels agree with the portable path on a small cache, once for each kind of cache and device.
 
     What they keep between steps is made here too, outside of any CUDA graph that may be recorded later.
 
     Raises:
         RuntimeError: they disagree.
     """
-    from sphkv_compile.kernels.gpu import launch
+    from sphkv_compile.kernels.gpu import bulk, launch
 
     group = min(group, launch.PASSES * launch.HEADS)
     count = layout.sink + layout.window + 2 * layout.span - 1  # the next token completes the second span
-    shape = Geometry(1, 1, count + 1, dim, dim, dtype, dtype, False)
-    pages = layout.spans(count + 1, False) * layout.pages_per_span
+    columns, batch = count + 1, 2
+    shape = Geometry(batch, 1, columns, dim, dim, dtype, dtype, False)
+    pages = layout.spans(columns, False) * layout.pages_per_span
     size = layout.page_bytes(layout.tiers[0], dim, dim, shape.itemsize)
-    arenas = torch.zeros(2, pages * size, dtype=torch.uint8, device=device)
+    arenas = torch.zeros(2, batch * pages * size, dtype=torch.uint8, device=device)
     ours, portable = (empty_state(layout, shape, arena) for arena in arenas)
-    wave = torch.arange((group + 2) * (count + 1) * dim, device=device).double().mul(0.7).sin().mul(3)
-    wave = wave.to(dtype).view(1, group + 2, count + 1, dim)
-    q, k, v = wave[:, :group], wave[:, group : group + 1], wave[:, group + 1 :]
-    (q, k, v), (q_new, k_new, v_new) = (
-        [x[:, :, part] for x in (q, k, v)] for part in (slice(count), slice(count, None))
-    )
-    for state in (ours, portable):
-        state.table.copy_(torch.arange(pages, dtype=torch.int32) * (size // UNIT))
-        append_python(state, layout, q, k, v, 0, [0])
-    columns, where = count + 1, torch.tensor([count], device=device)
-    mask = torch.ones(1, 1, 1, columns, dtype=torch.bool, device=device)
-    found = launch.attend(ours, layout, q_new, k_new, v_new, where, None, columns, mask, None, False).float()
-    wide = q_new.float(), k_new.float(), v_new.float()
-    expected = blockwise.attend(portable, layout, *wide, count, 0, columns, mask, False, None)
-    gap = float((found - expected).norm() / expected.norm())
-    launch.append(ours, layout, q_new, k_new, v_new, where, None, mask, False)
-    append_python(portable, layout, q_new, k_new, v_new, count, [0])
-    pairs = ((ours.arena, portable.arena), (ours.anchors, portable.anchors), (ours.rows, portable.rows))
-    differ = max(float((a != b).double().mean()) for a, b in pairs)
+    wave = torch.arange(batch * (group + 2) * columns * dim, device=device).double().mul(0.7).sin().mul(3)
+    q, k, v = wave.to(dtype).view(batch, group + 2, columns, dim).split([group, 1, 1], 1)
+    for state, encoder in ((ours, lambda *_: bulk), (portable, lambda *_: None)):
+        state.table.copy_(torch.arange(batch * pages, dtype=torch.int32).view(batch, 1, pages) * (size // UNIT))
+        append_python(state, layout, q[:, :, :count], k[:, :, :count], v[:, :, :count], 0, [0] * batch, encoder)
+    codes = [_share(a != b) for a, b in zip(ours, portable)]
+    mask = torch.ones(1, 1, columns, columns, dtype=torch.bool, device=device).tril()
+    gaps = []
+    for first in (count, columns - 3):  # the decode step, then the last tokens as a prefill would bring them
+        q_new, k_new, v_new = (x[:, :, first:] for x in (q, k, v))
+        where, shown = torch.tensor([first], device=device), mask[:, :, first:]
+        if first == count:
+            found = launch.attend(ours, layout, q_new, k_new, v_new, where, None, columns, shown, None, False)
+        else:
+            found = bulk.attend(ours, layout, q_new, k_new, v_new, first, 0, columns, shown, False, None)
+        wide = q_new.float(), k_new.float(), v_new.float()
+        expected = blockwise.attend(portable, layout, *wide, first, 0, columns, shown, False, None)
+        gaps.append(float((found.float() - expected).norm() / expected.norm()))
+    q_new, k_new, v_new = (x[:, :, count:] for x in (q, k, v))
+    launch.append(ours, layout, q_new, k_new, v_new, torch.tensor([count], device=device), None, None, False)
+    append_python(portable, layout, q_new, k_new, v_new, count, [0] * batch, lambda *_: None)
+    codes += [_share(a != b) for name, a, b in zip(State._fields, ours, portable) if name not in ("moments", "energy")]
+    gap, differ = max(gaps, key=lambda x: math.inf if math.isnan(x) else x), max(codes)
     if not (gap < _CLOSE and differ < _SAME):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreted"
         raise RuntimeError(
@@ -193,6 +199,10 @@ def check_device(layout: Layout, dim: int, group: int, dtype: torch.dtype, devic
             f"less than {_SAME}). They would give wrong answers, so nothing is compiled. Update Triton and the driver, "
             "or choose a codec that runs without them: options={'codec': 'pair_polar'}."
         )
+
+
+def _share(wrong: Tensor) -> float:
+    return float(wrong.double().mean()) if wrong.numel() else 0.0
 
 
 _CLOSE = 2e-2

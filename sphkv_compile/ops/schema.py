@@ -18,7 +18,6 @@ from sphkv_compile.ops.append import first_position, real_starts
 from sphkv_compile.storage.layout import Layout
 from sphkv_compile.storage.state import BASE, STATE_FIELDS, State
 
-_DEVICES = ("CPU", "CUDA")
 _LIB = torch.library.Library("sphkv", "DEF")
 _STATE = ", ".join(f"Tensor {name}" for name in STATE_FIELDS)
 _MUTATED = ", ".join(f"Tensor({chr(97 + i)}!) {name}" for i, name in enumerate(STATE_FIELDS))
@@ -107,9 +106,19 @@ def _owned(x: Tensor) -> Tensor:
     )
 
 
+def _there(kernel):
+    """Runs on the device that holds the tensors: Triton launches on the current one."""
+
+    def run(*args):
+        with torch.cuda.device_of(args[0]):
+            return kernel(*args)
+
+    return run
+
+
 for _name, _kernel in (("sdpa", _sdpa), ("attend", _attend), ("append", _append), ("owned", _owned)):
-    for _device in _DEVICES:
-        _LIB.impl(_name, _kernel, _device)
+    _LIB.impl(_name, _kernel, "CPU")
+    _LIB.impl(_name, _there(_kernel), "CUDA")
 
 
 _LIB.impl("owned", _owned, "Functionalize")  # AOTAutograd of another backend; it would fail later, and say less

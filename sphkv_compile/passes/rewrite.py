@@ -54,7 +54,7 @@ def rewrite(gm: GraphModule, sites: list[Site], spec: CacheSpec) -> Rewritten:
 
 def _packing(spec: CacheSpec, site: Site) -> str:
     k, v = site.k_buf.meta["val"], site.v_buf.meta["val"]
-    return packing(spec.codec, spec.tier, spec.page, int(k.shape[-1]), int(v.shape[-1]), k.device)
+    return packing(spec, int(k.shape[-1]), int(v.shape[-1]), k.device)
 
 
 def _bind(site: Site, layout: Layout, index: dict[Node, int], output: Node) -> Binding:

@@ -110,6 +110,7 @@ class Owner:
         rows.zero_()
         rows[:, START] = -1
         self.state.positions.fill_(-1)
+        self.state.held.zero_()
         self.state.moments.zero_()
         self.state.energy.zero_()
 

@@ -105,6 +105,8 @@ def empty_state(layout: Layout, g: Geometry, arena: Tensor) -> State:
     Every tensor is initialised: masked slots are read and multiplied by zero, and 0 * NaN is NaN. None is an inference
     tensor, so that a cache may be used in inference mode and outside of it in turn.
     """
+    if layout.kept and g.rolling:
+        raise ValueError("a sliding window keeps no tokens at choice: its span leaves it whole")
     spans = layout.spans(g.capacity, g.rolling)
     pages, device, slots = spans * layout.pages_per_span, arena.device, layout.sink + layout.ring
     head = (g.batch, g.heads)

@@ -44,7 +44,7 @@ def test_a_kept_share_takes_its_share_of_bytes():
     assert 0.35 < case(tier="K4V2:0.4").bytes / case().bytes < 0.85  # the exact window is kept whole
     with pytest.raises(ValueError, match="a share for each tier"):
         Menu.parse("K4V4:0.1/K4V2")
-    with pytest.raises(ValueError, match="one at most"):
+    with pytest.raises(ValueError, match="at most in all"):
         Menu.parse("K4V4:0.7/K4V2:0.4")
 
 

@@ -9,7 +9,7 @@ from sphkv_compile.ops import decode
 from sphkv_compile.ops.append import append
 from sphkv_compile.ops.attend import attend as portable
 from sphkv_compile.ops.reference import attend_reference
-from sphkv_compile.spec import Tier
+from sphkv_compile.spec import CacheSpec, Tier
 from sphkv_compile.storage.layout import Layout
 from sphkv_compile.storage.state import BASE, SPANS, Geometry, State
 from sphkv_compile.testing.oracle import shuffled_state
@@ -27,7 +27,7 @@ CASES += [("K4V4", dim, dtype) for dtype in (torch.float16, torch.float32) for d
 def make(tier, dim, dtype, capacity, rolling=False):
     from sphkv_compile.kernels.gpu import launch
 
-    if not launch.layout_served("axis_cosine", Tier.parse(tier), 64, dim, dim):
+    if not launch.layout_served(CacheSpec(bits=tier), dim, dim):
         pytest.skip("three bits need eight planes: head_dim 128 or more")
     layout = Layout("axis_cosine", (Tier.parse(tier),), 4, 128, 128, 64, 0, "half", dim, "tiles")
     return shuffled_state(layout, Geometry(B, H, capacity, dim, dim, dtype, dtype, rolling)), layout

@@ -6,7 +6,7 @@ import torch
 from sphkv_compile.codecs.codebook import levels
 from sphkv_compile.ops.append import append
 from sphkv_compile.ops.read import dense
-from sphkv_compile.spec import Tier
+from sphkv_compile.spec import CacheSpec, Tier
 from sphkv_compile.storage import tiles
 from sphkv_compile.storage.layout import UNIT, Layout
 from sphkv_compile.storage.state import BASE, Geometry, empty_state
@@ -61,7 +61,7 @@ def shown(length, columns, starts=(0, 9), holes=False):
 def test_against_float64(tier, dim, dtype, masked):
     from sphkv_compile.kernels.gpu import launch
 
-    if not launch.layout_served("axis_cosine", Tier.parse(tier), 64, dim, dim):
+    if not launch.layout_served(CacheSpec(bits=tier), dim, dim):
         pytest.skip("three bits need eight planes: head_dim 128 or more")
     state, layout, new, columns = filled(tier, dim, dtype)
     mask = shown(1500, columns, holes=masked)

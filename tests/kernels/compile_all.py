@@ -39,6 +39,7 @@ CONFIGURATIONS = [  # tier or menu of kept tokens, head_dim, dtype, masked, roll
     ("K4V4", 64, torch.float32, True, False),
     ("K4V2", 64, torch.bfloat16, True, True),
     ("K4V4", 256, torch.bfloat16, True, True),
+    ("K4V4", 256, torch.bfloat16, False, False),
     ("K4V4/K4V2", 128, torch.bfloat16, True, False),
     ("K4V4/K4V2", 128, torch.bfloat16, False, False),
 ]
@@ -58,7 +59,8 @@ def launches(capability, tier, dim, dtype, masked, rolling):
     """What one decode step and one chunk of a prefill launch, on tensors that hold nothing."""
     menu = tuple(map(Tier.parse, tier.split("/")))
     layout = Layout("axis_cosine", menu, 4, 128, 128, 64, 0, "half", dim, "tiles", kept=len(menu) > 1)
-    geometry = Geometry(1, 8, 4096, dim, dim, dtype, dtype, rolling)
+    batch = 2 if masked else 1  # two rows are divided by a list
+    geometry = Geometry(batch, 8, 4096, dim, dim, dtype, dtype, rolling)
     state, calls = empty_state(layout, geometry, torch.zeros(1 << 16, dtype=torch.uint8)), []
     for module, names in (
         (launch, ("prepare", "decode", "combine")),
@@ -70,7 +72,8 @@ def launches(capability, tier, dim, dtype, masked, rolling):
             setattr(module, name, Recorder(kernel.kernel if isinstance(kernel, Recorder) else kernel, calls))
     launch.converts, launch._depends = (lambda device: capability >= 89), (lambda device: capability >= 90)
     bulk.converts = launch.converts
-    q, (k, v) = torch.zeros(1, 32, 1, dim, dtype=dtype), torch.zeros(2, 1, 8, 1, dim, dtype=dtype)
+    bulk.processors = lambda device: 132
+    q, (k, v) = torch.zeros(batch, 32, 1, dim, dtype=dtype), torch.zeros(2, batch, 8, 1, dim, dtype=dtype)
     mask = torch.zeros(1, 1, 1, 4096, dtype=torch.bool) if masked else None
     pos = torch.zeros(1, dtype=torch.int64)
     launch.attend(state, layout, q, k, v, pos, None, 4096, mask, None, rolling)
@@ -81,7 +84,10 @@ def launches(capability, tier, dim, dtype, masked, rolling):
     lo, hi, _ = bulk.extents_of(mask, 4096)
     bits = torch.zeros(1, 256, 134, dtype=torch.int32) if masked else None
     if not layout.kept:
-        bulk.over_codes(state, layout, q, k, v, 2000, 0, 4096, False, None, lo, hi, bits)
+        bounds = (lo, hi, bits) if masked or rolling else (None, None, None)
+        bulk.over_codes(state, layout, q, k, v, 2000, 0, 4096, not masked, None, *bounds)
+        few = (x[:, :, :4] for x in (q, k, v))  # so few queries that a row is cut into parts
+        bulk.over_codes(state, layout, *few, 2000, 0, 4096, False, None, lo[:, :4], hi[:, :4], None)
     return calls
 
 
@@ -141,4 +147,4 @@ if __name__ == "__main__":
     for configuration in [CONFIGURATIONS[i] for i in chosen] or CONFIGURATIONS:
         for kernel, args, kwargs in launches(capability, *configuration):
             facts = report(compiled(kernel, args, dict(kwargs), capability), capability)
-            print(json.dumps({"kernel": kernel.__name__, "of": str(configuration)} | facts), flush=True)
+            print(json.dumps({"kernel": kernel.__name__, "of": configuration} | facts, default=str), flush=True)

@@ -169,6 +169,19 @@ def test_parts_of_a_row_add_up(monkeypatch, kind):
     assert float((out - want).norm() / want.norm()) < 2e-3
 
 
+def test_a_large_anchor_does_not_drown_the_residual():
+    """Keys with a constant fifty times their spread: in float16 as a whole, a key would lose its own part."""
+    state, layout = make("K4V4", 128, torch.float32)
+    q, k, v = tokens(320, 128, 2)
+    k += 100 * torch.ones(128)
+    append(state, layout, *part([q, k, v], 0, 300), 0, [0, 0])
+    new = part([q * 0.05, k, v], 300, 320)
+    mask = masks("causal", 300, 20, 700)
+    arguments = state, layout, *new, 300, 0, 700, mask, False, None
+    out, want = bulk.attend(*arguments), attend_reference(*arguments)
+    assert float((out - want).norm() / want.norm()) < 3e-3
+
+
 def test_a_write_into_codes_sees_only_what_lies_before_it():
     state, layout = make("K4V4", 64)
     x = tokens(400, 64, 2)

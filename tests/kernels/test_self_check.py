@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sphkv_compile.kernels.gpu import launch
+from sphkv_compile.kernels.gpu import bulk, launch
 from sphkv_compile.ops.decode import check_device
 from sphkv_compile.spec import Tier
 from sphkv_compile.storage.layout import Layout
@@ -41,6 +41,26 @@ def test_wrong_codes_are_refused(monkeypatch):
 
     monkeypatch.setattr(launch, "append", late)
     with pytest.raises(RuntimeError, match="of the codes"):
+        run()
+
+
+def test_a_wrong_encoder_of_many_spans_is_refused(monkeypatch):
+    """Both sides through the same kernel would agree with each other, and be wrong."""
+    encode = bulk.encode
+
+    def late(state, *arguments):
+        encode(state, *arguments)
+        state.arena.copy_(state.arena.roll(16))
+
+    monkeypatch.setattr(bulk, "encode", late)
+    with pytest.raises(RuntimeError, match="of the codes"):
+        run()
+
+
+def test_a_wrong_prefill_is_refused(monkeypatch):
+    attend = bulk.attend
+    monkeypatch.setattr(bulk, "attend", lambda *arguments: attend(*arguments).roll(1, 2))
+    with pytest.raises(RuntimeError, match="attention by"):
         run()
 
 

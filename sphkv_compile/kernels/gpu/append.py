@@ -72,7 +72,7 @@ def standing(
     if anew:
         real = first >= 0
         if MASKED:
-            real = tl.load(MASK + b * mask_row + first - base) != 0
+            real = tl.load(MASK + b.to(tl.int64) * mask_row + first - base) != 0
         begin = tl.where(real, first, -1)
         spans = spans * 0
     fault = ((begin >= 0) & (first < begin + SINK + spans * SPAN) & (spans > 0)) | (faulty & ~anew)

@@ -53,6 +53,7 @@ def attend_served(layout: Layout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor 
     return (
         layout.tiled
         and not layout.kept
+        and len(layout.tiers) == 1
         and q.dtype == k.dtype == v.dtype
         and q.dtype in TYPES
         and (mask is None or (mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1))

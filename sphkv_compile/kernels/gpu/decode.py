@@ -155,7 +155,7 @@ def prepare(
                 token = (page * 64 + word % 2 * 32)[:, None] + bit[None, :]
                 column = begin + token - base
                 inside = (slot < NP)[:, None] & (token >= low) & (token < stop) & (column >= 0) & (column < columns)
-                seen = tl.load(MASK + b * mask_row + column, mask=inside, other=0).to(tl.int32)
+                seen = tl.load(MASK + b.to(tl.int64) * mask_row + column, mask=inside, other=0).to(tl.int32)
                 bits = tl.sum(seen << bit[None, :], 1)
                 tl.store(SEEN + (b * NP + slot) * 2 + word % 2, bits, mask=slot < NP)
 
@@ -414,9 +414,10 @@ def decode(
             ROLLING, MASKED, KEPT, STAGES,
         )  # fmt: skip
     else:
-        slots = bh * (SINK + RING) * D
+        slots = bh.to(tl.int64) * ((SINK + RING) * D)
         top, total, acc = exact_part(
-            Q + b * q_row + bh % H * G * q_head, MASK + b * mask_row, EXACT_K + slots, EXACT_V + slots, part,
+            Q + b * q_row + bh % H * G * q_head, MASK + b.to(tl.int64) * mask_row, EXACT_K + slots,
+            EXACT_V + slots, part,
             begin, spans, first, base, held, columns, qscale, q_head, G, D, N, SPAN, SINK, RING, MASKED, IEEE,
         )  # fmt: skip
     weight = tl.sum(total, 0)
@@ -458,13 +459,13 @@ def combine(
     h = bh % H
     d = tl.arange(0, D)
     p = tl.arange(0, BLOCK)
-    _, _, first, base, _ = place(ROWS, POS, b, start, HAS_POS, HAS_START, ROLLING, SINK)
+    begin, _, first, base, _ = place(ROWS, POS, b, start, HAS_POS, HAS_START, ROLLING, SINK)
     q = tl.load(Q + b * q_row + (h * G + g) * q_head + d).to(tl.float32)
     k = tl.load(K + b * k_row + h * k_head + d).to(tl.float32)
     v = tl.load(V + b * v_row + h * v_head + d).to(tl.float32)
     own = tl.sum(q * k, 0) * qscale
     if MASKED:
-        own = tl.where(tl.load(MASK + b * mask_row + first - base) != 0, own, HIDDEN)
+        own = tl.where(tl.load(MASK + b.to(tl.int64) * mask_row + first - base) != 0, own, HIDDEN)
     top = tl.maximum(own, EMPTY)
     weight = tl.exp2(own - top)
     exact = weight * v
@@ -492,5 +493,6 @@ def combine(
         )
     turned = tl.reshape(hadamard(tl.reshape(coded, (1, D)), 1, D), (D,)) * (D**-0.5) * tl.load(SIGNS + d)
     out = (exact + turned) / tl.maximum(weight, 1e-30)
-    out = tl.where(tl.load(ROWS + b * WIDTH + FROZEN) == FAULT, float("nan"), out)
+    fault = (tl.load(ROWS + b * WIDTH + FROZEN) == FAULT) & (first > begin - SINK)  # unless it begins anew
+    out = tl.where(fault, float("nan"), out)
     tl.store(OUT + (bh * G + g) * D + d, out.to(OUT.dtype.element_ty))

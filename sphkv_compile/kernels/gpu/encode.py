@@ -2,7 +2,7 @@
 
 Codes are bit-equal to those of :mod:`sphkv_compile.codecs`, on which a page does not show who wrote it: sums are halved
 in the order of :mod:`sphkv_compile.codecs.arith`, quotients and roots are rounded as IEEE has it, and a launch forbids
-fused multiply-adds (``enable_fp_fusion=False``). Only the mean of a span of three pages is summed in another order.
+fused multiply-adds (``enable_fp_fusion=False``).
 """
 
 from __future__ import annotations
@@ -174,8 +174,6 @@ def encode_span(
         if PAGES > 1:
             x += exact(HELD_K, NEW_K, at + (i + PAIRS) * 64 + token, first, k_token, D, SINK, RING, HAS_NEW)
         total += x
-    if PAGES == 3:
-        total += exact(HELD_K, NEW_K, at + 128 + token, first, k_token, D, SINK, RING, HAS_NEW)
     mean = tl.div_rn(fold_rows(total, 64, D), SPAN * 1.0)
     row = tl.reshape(turn(tl.reshape(mean * inverse * signs, (1, D)), 1, D), (D,))
     step = bf16_up(tl.div_rn(tl.max(tl.abs(row), 0), 127.0))
@@ -221,7 +219,7 @@ def encode_spans(
     """
     s = span + tl.program_id(0)
     b = tl.load(MEMBERS + tl.program_id(1) // H).to(tl.int64)
-    h = tl.program_id(1) % H
+    h = (tl.program_id(1) % H).to(tl.int64)
     bh = b * H + h
     slot = s % NS
     page = slot * (SPAN // 64)

@@ -19,7 +19,7 @@ from sphkv_compile.codecs.codebook import levels, thresholds
 from sphkv_compile.kernels.gpu import append as appending
 from sphkv_compile.kernels.gpu import words
 from sphkv_compile.kernels.gpu.decode import HEADS, LOG2E, combine, decode, prepare
-from sphkv_compile.spec import Tier
+from sphkv_compile.spec import CacheSpec, Tier
 from sphkv_compile.storage import tiles
 from sphkv_compile.storage.layout import Layout
 from sphkv_compile.storage.state import State
@@ -41,11 +41,13 @@ MOST = 1 << 15
 """Parts of all rows: a part's number has sixteen bits in the list of work."""
 
 
-def layout_served(codec: str, tier: Tier, page: int, k_dim: int, v_dim: int) -> bool:
+def layout_served(spec: CacheSpec, k_dim: int, v_dim: int) -> bool:
     """Whether pages of this kind can be tiled for these kernels."""
+    tier = spec.tier
     return (
-        codec == "axis_cosine"
-        and page == tiles.TOKENS
+        spec.codec == "axis_cosine"
+        and spec.page == tiles.TOKENS
+        and spec.span & (spec.span - 1) == 0  # what a kernel lists is a power of two
         and k_dim == v_dim
         and k_dim in DIMS
         and tier.k_bits in BITS
@@ -97,8 +99,9 @@ def attend(
         outs = [attend(state, layout, x, k, v, pos, start, columns, mask, scale, rolling) for x in parts]
         return torch.cat([x.view(b, h, -1, d) for x in outs], 2).view(b, hq, 1, d)
     exact = triton.cdiv(layout.sink + layout.ring, tiles.EDGE)
-    # rows and heads that hold as much as each other are divided as they are; others by a list, made on the device
-    listed = layout.kept or b > 1
+    # Rows and heads that hold as much as each other are divided as they are; others by a list, made on the device. Its
+    # parts are merged in rounds, which a long window needs too.
+    listed = layout.kept or b > 1 or exact >= SLICES
     fit = OCCUPANCY * processors(device)
     if listed:
         programs = max(b * h, min(fit, b * h * (pages // 2), MOST))

@@ -172,9 +172,11 @@ def coded_pages(
             radius = (meta & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
             weight = (meta >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
             step = tl.load(STEPS + span * 2).to(tl.float32) * (1.0 / KSTEP)
-            anchor = (tl.load(ANCHORS + span.to(tl.int64) * D + d).to(tl.float32) * step).to(tl.float16)
-            k = tile(words, KB, D, False, TWIN) * radius[:, None] + anchor[None, :]
-            x = tl.dot(q, tl.trans(k))
+            # The anchor's product stands apart: added to a key in float16, a large one would round the residual away.
+            anchor = tl.load(ANCHORS + span.to(tl.int64) * D + d).to(tl.float16)
+            same = tl.dot(q, tl.trans(tl.broadcast_to(anchor[None, :], (16, D))))
+            k = tile(words, KB, D, False, TWIN) * radius[:, None]
+            x = tl.dot(q, tl.trans(k)) + (tl.max(same, 1) * step)[:, None]
             if EDGE:
                 token = t * 64 + i
                 seen = visible(bits, lo, hi, begin + t * 64 - base, 64, MASKED)
