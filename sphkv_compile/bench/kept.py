@@ -11,7 +11,6 @@ from torch import Tensor
 from sphkv_compile.spec import Tier
 from sphkv_compile.storage.layout import UNIT, Layout
 
-
 SKEW = 0.5
 """Heads keep from 1 - SKEW to 1 + SKEW of the shares: retention never gives them equal ones."""
 
@@ -30,8 +29,8 @@ class Menu:
         shares = tuple(float(share or "nan") for _, _, share in pairs)
         if not 0 < sum(shares) * (1 + SKEW) <= 1:
             raise ValueError(
-                f"{text!r}: expected a share for each tier, {1 / (1 + SKEW):.2f} at most in all since heads keep unequal "
-                "ones, as in 'K4V4:0.1/K4V2:0.4'"
+                f"{text!r}: expected a share for each tier, {1 / (1 + SKEW):.2f} at most in all since heads keep "
+                "unequal ones, as in 'K4V4:0.1/K4V2:0.4'"
             )
         return cls(tuple(Tier.parse(name) for name, _, _ in pairs), shares)
 

@@ -11,6 +11,7 @@ from sphkv_compile.storage import tiles
 from sphkv_compile.storage.layout import UNIT, Layout
 from sphkv_compile.storage.state import BASE, Geometry, empty_state
 from sphkv_compile.testing.oracle import attention
+from sphkv_compile.testing.retained import retained
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a device")]
 LIMIT = 2.5e-3
@@ -70,6 +71,38 @@ def test_against_float64(tier, dim, dtype, masked):
     want = expected(state, layout, new, columns, mask)
     gap = float((out.double().cpu() - want).norm() / want.norm())
     assert gap < LIMIT * (1 if dtype != torch.bfloat16 else 1.5)  # bfloat16 rounds the output itself by 1.1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("masked", [False, True])
+def test_kept_tokens(dim, dtype, masked):
+    """Heads that kept very different shares, at two tiers, in any order."""
+    from sphkv_compile.kernels.gpu import launch
+
+    uniform = [filled(tier, dim, dtype) for tier in ("K4V4", "K4V2")]
+    (first, _, new, columns), coded = uniform[0], int(uniform[0][0].rows[:, 2].max()) * 128
+    draw = torch.rand(2, 2, coded, generator=torch.Generator().manual_seed(1))
+    share = torch.tensor([[0.9, 0.2], [0.0, 0.5]]).unsqueeze(-1)
+    choice = torch.where(draw < share * 0.7, 1, torch.where(draw < share, 0, -1))
+    state, layout = retained([(s, form) for s, form, _, _ in uniform], choice)
+    sides = [dense(s._replace(exact_k=s.exact_k.float(), exact_v=s.exact_v.float()), form, columns)
+             for s, form, _, _ in uniform]  # fmt: skip
+    tier = torch.zeros(2, 2, columns, dtype=torch.long)
+    for row, start in enumerate((0, 9)):
+        held = int(first.rows[row, 2]) * 128
+        tier[row, :, start + 4 : start + 4 + held] = choice[row, :, :held]
+    pick = tier.clamp(min=0).unsqueeze(-1)
+    keys, values = (sum(torch.where(pick == i, side[j].cpu(), 0) for i, side in enumerate(sides)) for j in (0, 1))
+    q, k, v = new
+    keys[:, :, 1500], values[:, :, 1500] = k[:, :, 0].float().cpu(), v[:, :, 0].float().cpu()
+    mask = shown(1500, columns, holes=masked)
+    seen = ((tier >= 0).unsqueeze(2) & mask.cpu()).repeat_interleave(4, 1)
+    want = attention(q.double().cpu(), keys.double(), values.double(), seen, False, None)
+    pos = torch.tensor([1500], device="cuda")
+    out = launch.attend(state, layout, q, k, v, pos, None, columns, mask if masked else None, None, False)
+    gap = float((out.double().cpu() - want).norm() / want.norm())
+    assert gap < LIMIT * (1 if dtype != torch.bfloat16 else 1.5)
 
 
 @pytest.mark.parametrize("group", [1, 8, 9, 16])
