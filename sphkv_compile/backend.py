@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sphkv_compile.lowering import compat
-from sphkv_compile.ops.decode import check_kernels
+from sphkv_compile.ops.check import check_kernels
 from sphkv_compile.passes.lift import lift, strip_owned
 from sphkv_compile.passes.match import Verdict, match
 from sphkv_compile.passes.normalize import normalize, settle
@@ -83,7 +83,6 @@ def compile_inner(
     dense, prologue, count = snapshot(gm), prologue_of(gm, sites), token_counter(gm, sites[0])
     spec = resolve(spec, [geometry(site) for site in sites])
     rewritten = rewrite(gm, sites, spec)
-    run_on = rewritten.state_inputs[0].device
     settle(gm)
     verify(gm, rewritten)
     log.compiled(verdicts, spec, before, graph_text(gm), rewritten)
@@ -94,7 +93,8 @@ def compile_inner(
     run = compiler(gm, inputs, **kwargs)
     with _disable_current_modes():  # here every new tensor would be a fake one
         for site, binding in zip(sites, rewritten.bindings):
-            check_kernels(binding.layout, geometry(site), int(site.q.meta["val"].shape[1]), run_on)
+            heads, device = int(site.q.meta["val"].shape[1]), site.k_buf.meta["val"].device
+            check_kernels(binding.layout, geometry(site), heads, device)
     return Runner(run, dense, prologue, rewritten, count, lookout, spec)
 
 

@@ -15,7 +15,8 @@ from rich.table import Table
 
 from sphkv_compile.backend import backend
 from sphkv_compile.ops.append import append
-from sphkv_compile.ops.decode import attend, checked_library
+from sphkv_compile.ops.check import checked_library
+from sphkv_compile.ops.decode import attend
 from sphkv_compile.ops.reference import attend_reference
 from sphkv_compile.runtime.pool import arena_bytes, reserve
 from sphkv_compile.spec import CacheSpec, Tier

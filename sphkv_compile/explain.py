@@ -25,6 +25,7 @@ from sphkv_compile.spec import CacheSpec
 from sphkv_compile.storage.arena import Arena
 from sphkv_compile.storage.layout import Layout
 from sphkv_compile.storage.state import LENGTH, Geometry, empty_state
+from sphkv_compile.testing.clock import timed
 
 
 @dataclass(frozen=True)
@@ -211,21 +212,10 @@ def _time_attention(
 
     if (fused := on_device(layout, q, new_k, new_v, mask)) is not None:
         new = state, layout, q, new_k, new_v
-        return _replayed(lambda: fused.attend(*new, None, n - 1, n, mask, None, False)), _replayed(sdpa)
+        # inside a CUDA graph, as mode="reduce-overhead" runs both: no launch counts
+        codes = timed([lambda: fused.attend(*new, None, n - 1, n, mask, None, False)])
+        return codes * 1e-6, timed([sdpa]) * 1e-6
     return _median(lambda: attend(state, layout, q, new_k, new_v, n - 1, 0, n, mask, False, None)), _median(sdpa)
-
-
-def _replayed(run: Callable[[], Any], calls: int = 8) -> float:
-    """Seconds of one call inside a CUDA graph, as ``mode="reduce-overhead"`` runs it: no launch counts."""
-    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())  # what the call reads may still be written
-    with torch.cuda.stream(side):
-        run()  # compiles; nothing may be compiled while a graph is recorded
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            run()
-    return _median(graph.replay) / calls
 
 
 def _median(run: Callable[[], Any], repeats: int = 9) -> float:

@@ -5,11 +5,12 @@ python examples/bench/plot.py
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from sphkv_compile.bench.record import attention_rows, even
 
 HERE = Path(__file__).parent
 Row = dict[str, Any]
@@ -18,11 +19,9 @@ Row = dict[str, Any]
 def rows(folder: Path, dim: int = 128) -> dict[str, list[Row]]:
     """Card -> its rows at even lengths and the usual logits."""
     found: dict[str, list[Row]] = defaultdict(list)
-    for path in sorted(folder.glob("attention*.json")):
-        record = json.loads(path.read_text())
-        for row in record["rows"]:
-            if row["D"] == dim and not row.get("ragged") and row.get("spread", 2) == 2:
-                found[record["card"].removeprefix("NVIDIA ").split()[0]].append(row)
+    for card, row in attention_rows(folder):
+        if row["D"] == dim and even(row):
+            found[card].append(row)
     return dict(found)
 
 

@@ -16,7 +16,6 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from sphkv_compile.bench import clock
 from sphkv_compile.bench.kept import Menu, random_pages
 from sphkv_compile.bench.peers import PEERS
 from sphkv_compile.ops.pages import with_positions
@@ -24,6 +23,7 @@ from sphkv_compile.ops.read import dense
 from sphkv_compile.spec import Tier
 from sphkv_compile.storage.layout import UNIT, Layout
 from sphkv_compile.storage.state import FROZEN, LENGTH, SPANS, START, Geometry, State, empty_state
+from sphkv_compile.testing import clock
 
 SINK, WINDOW, SPAN, PAGE = 4, 128, 128, 64
 SPREAD = 2.0

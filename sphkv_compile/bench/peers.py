@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sphkv_compile.bench import clock
+from sphkv_compile.testing import clock
 
 GROUP = 64
 """Values that share a scale and an offset in the int4 cache."""

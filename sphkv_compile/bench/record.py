@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +60,26 @@ def numbers(text: str) -> list[int]:
 def missing(row: dict[str, Any], keys: Sequence[str] = ROW) -> list[str]:
     """Keys that a row lacks."""
     return [key for key in keys if key not in row]
+
+
+def attention_rows(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Card, as :func:`short` calls it, and row of every measurement of the attention bench; of equal ones, the first
+    record's."""
+    seen = set()
+    for path in sorted(folder.glob("attention*.json")):
+        record = json.loads(path.read_text())
+        for row in record["rows"]:
+            key = record["card"], *(row.get(k) for k in ("what", "tier", "B", "L", "D", "spread", "ragged"))
+            if key not in seen:
+                seen.add(key)
+                yield short(record["card"]), row
+
+
+def short(card: str) -> str:
+    """``"NVIDIA H100 80GB HBM3"`` -> ``"H100"``."""
+    return card.removeprefix("NVIDIA ").split()[0]
+
+
+def even(row: dict[str, Any]) -> bool:
+    """Whether a row's lengths are equal and its logits the usual ones."""
+    return not row.get("ragged") and row.get("spread", 2) == 2

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 import sphkv_compile
-from sphkv_compile.bench import clock
 from sphkv_compile.bench.loop import Loop, attentions, caches
 from sphkv_compile.integrations.transformers import cache_keyword
 from sphkv_compile.lowering.compat import mode_patches
@@ -29,6 +28,7 @@ from sphkv_compile.runtime.pool import Pool, arena_bytes, reserve
 from sphkv_compile.spec import CacheSpec
 from sphkv_compile.storage.layout import Layout
 from sphkv_compile.storage.state import Geometry
+from sphkv_compile.testing import clock
 from sphkv_compile.testing.gpt_fast import from_llama
 
 MODE = "reduce-overhead"

@@ -77,7 +77,7 @@ def append(
     Args:
         q: queries of the new tokens, for the pair scale; None when only keys are known.
         starts: each row's first real position, used where the row holds none yet.
-        encoder: which code encodes spans; :func:`on_device` by default.
+        encoder: which code encodes spans; :func:`device_encoder` by default.
 
     Shapes: ``q`` [B, HQ, T, D], ``k`` [B, H, T, D], ``v`` [B, H, T, Dv].
     """
@@ -95,7 +95,7 @@ def append(
     for (start, spans, frozen), members in groups.items():
         if start >= 0:
             spans, frozen = _append_rows(
-                state, layout, _Rows(members, start, spans, frozen), q, k, v, first, encoder or on_device
+                state, layout, _Rows(members, start, spans, frozen), q, k, v, first, encoder or device_encoder
             )
         for b in members:
             rows[b][START], rows[b][SPANS], rows[b][FROZEN] = start, spans, frozen
@@ -221,7 +221,7 @@ def _encode(
         state.held[rows.index.to(k.device), :, 0] += slots.numel() * layout.pages_per_span
 
 
-def on_device(layout: Layout, k: Tensor) -> ModuleType | None:
+def device_encoder(layout: Layout, k: Tensor) -> ModuleType | None:
     """The GPU's encoder of many spans, if it serves this layout; else None."""
     if not layout.tiled or k.device.type != "cuda":
         return None

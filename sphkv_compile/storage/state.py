@@ -104,9 +104,15 @@ def empty_state(layout: Layout, g: Geometry, arena: Tensor) -> State:
 
     Every tensor is initialised: masked slots are read and multiplied by zero, and 0 * NaN is NaN. None is an inference
     tensor, so that a cache may be used in inference mode and outside of it in turn.
+
+    Raises:
+        ValueError: a rolling window whose layout keeps single tokens.
     """
     if layout.kept and g.rolling:
-        raise ValueError("a sliding window keeps no tokens at choice: its span leaves it whole")
+        raise ValueError(
+            "kept=True with a sliding window that is full: its pages are used again in turn, so none of them can keep "
+            "single tokens; expected a layout with kept=False there"
+        )
     spans = layout.spans(g.capacity, g.rolling)
     pages, device, slots = spans * layout.pages_per_span, arena.device, layout.sink + layout.ring
     head = (g.batch, g.heads)

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from sphkv_compile.bench import attention as bench
-from sphkv_compile.bench import clock
 from sphkv_compile.bench.attention import error, lengths, make
 from sphkv_compile.bench.kept import Menu
 from sphkv_compile.bench.peers import by_sdpa, by_sums, fp8, from_fp8, from_int4, int4
 from sphkv_compile.ops.attend import attend
 from sphkv_compile.spec import Tier
 from sphkv_compile.storage.state import LENGTH, SPANS, START
+from sphkv_compile.testing import clock
 
 L, D = 1024, 64
 

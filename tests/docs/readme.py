@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from sphkv_compile.patterns import IDIOMS, REFUSALS
 
+from sphkv_compile.bench.record import attention_rows, even, short
 from sphkv_compile.spec import CacheSpec
 from sphkv_compile.storage.layout import Layout
 
@@ -41,6 +42,7 @@ def metadata_table() -> str:
 
 ROOT = Path(__file__).parents[2]
 RECORDS = ROOT / "examples"
+BENCH = RECORDS / "bench/records"
 sys.path.insert(0, str(ROOT))  # the examples are no installed package
 
 
@@ -64,7 +66,7 @@ def speed_table() -> str:
     """The decode bench's records. Units: milliseconds, MiB."""
     head = ("tokens", "side", "ms/step", "of dense", "compile", "cache MiB", "peak MiB: prefill, first step, decode")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for path in sorted(RECORDS.glob("bench/records/decode*.json")):
+    for path in sorted(BENCH.glob("decode*.json")):
         record = json.loads(path.read_text())
         for r in record["rows"]:
             side = "dense" if r["what"] == "dense" else str(CacheSpec(bits=_bits(r["what"])).tier)
@@ -76,33 +78,16 @@ def speed_table() -> str:
     return "\n".join(lines)
 
 
-def attention_rows() -> Iterator[tuple[str, dict]]:
-    """Card and row of every measurement of the attention bench; of equal ones, the first record's."""
-    seen = set()
-    for path in sorted(RECORDS.glob("bench/records/attention*.json")):
-        record = json.loads(path.read_text())
-        for r in record["rows"]:
-            key = record["card"], *(r.get(k) for k in ("what", "tier", "B", "L", "D", "spread", "ragged"))
-            if key not in seen:
-                seen.add(key)
-                yield short(record["card"]), r
-
-
-def short(card: str) -> str:
-    """``"NVIDIA H100 80GB HBM3"`` -> ``"H100"``."""
-    return card.removeprefix("NVIDIA ").split()[0]
-
-
 def plain(r: dict) -> bool:
     """Whether a row is ours at even lengths and the usual logits."""
-    return r["what"] == "sphkv" and not r.get("ragged") and r.get("spread", 2) == 2
+    return r["what"] == "sphkv" and even(r)
 
 
 def attention_table() -> str:
     """The records of the attention bench on GPUs. Units: microseconds."""
     head = ("card", "tier", "B", "L", "D", "dense us", "ours us", "times faster", "% of reading", "error")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for card, r in attention_rows():
+    for card, r in attention_rows(BENCH):
         share = r["bytes"] / r["us"] / 1e4 / r["ceiling_tbps"]
         if r["D"] == 128 and plain(r):
             what = f"{card} | {r['tier']} | {r['B']} | {r['L']:,} | {r['D']}"
@@ -113,7 +98,7 @@ def attention_table() -> str:
 
 def uneven_table() -> str:
     """Rows of unequal length, and wide logits. Units: microseconds."""
-    rows = [(card, r) for card, r in attention_rows() if r["what"] == "sphkv" and not plain(r)]
+    rows = [(card, r) for card, r in attention_rows(BENCH) if r["what"] == "sphkv" and not plain(r)]
     lines = ["| card | tier | B | L | D | case | us | times faster | error |", "|---" * 9 + "|"]
     for card, r in rows:
         case = "rows of unequal length" if r["ragged"] else f"logits' std {r['spread']:g}"
@@ -124,14 +109,14 @@ def uneven_table() -> str:
 
 def peers_table() -> str:
     """Other caches and kernels in the runs that have them, and ours at the same shapes. Units: microseconds."""
-    rows = list(attention_rows())
+    rows = list(attention_rows(BENCH))
     shapes = {(card, r["B"], r["L"], r["D"]) for card, r in rows if r["what"] != "sphkv"}
     lines = ["| card | B | L | D | what | cache | us | times faster than dense |", "|---" * 8 + "|"]
     for card, r in rows:
         if (card, r["B"], r["L"], r["D"]) in shapes and (plain(r) or r["what"] != "sphkv"):
             what = f"{card} | {r['B']} | {r['L']:,} | {r['D']} | {r['what']} | {r['tier']}"
             lines.append(f"| {what} | {r['us']:.1f} | {r['speedup']:.2f} |")
-    for path in sorted(RECORDS.glob("bench/records/attention*.json")):
+    for path in sorted(BENCH.glob("attention*.json")):
         missing = {
             (name.split(",")[0], why) for name, why in json.loads(path.read_text()).get("peers_missing", {}).items()
         }
@@ -148,7 +133,7 @@ GOALS = (
 
 def goals_table() -> str:
     """What was to be reached, and what was."""
-    found = {(card, r["tier"], r["B"], r["L"]): r for card, r in attention_rows() if r["D"] == 128 and plain(r)}
+    found = {(card, r["tier"], r["B"], r["L"]): r for card, r in attention_rows(BENCH) if r["D"] == 128 and plain(r)}
     lines = ["| tier | B | L | goal | measured | |", "|---" * 6 + "|"]
     for tier, b, length, goal in GOALS:
         got = found["H100", tier, b, length]["speedup"]
@@ -161,7 +146,7 @@ def model_table() -> str:
     """The records of the model bench. Units: milliseconds, GiB, seconds."""
     head = ("card", "B", "L", "side", "tokens/s", "ms/step", "times faster", "cache GiB", "peak GiB", "TTFT s")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for path in sorted(RECORDS.glob("bench/records/model*.json")):
+    for path in sorted(BENCH.glob("model*.json")):
         record = json.loads(path.read_text())
         for r in record["rows"]:
             side = SIDES.get(r["what"], r["tier"])

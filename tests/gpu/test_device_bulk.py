@@ -76,7 +76,7 @@ def test_codes_are_those_of_the_host(tier, dim, dtype):
     x = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tokens(2000, dim, dtype)]
     x[1][:, :, 200], x[2][:, :, 201] = 0, 0  # a key and a value without direction
     new = [t.cuda() for t in x]
-    assert appending.on_device(layout, new[1]) is not None
+    assert appending.device_encoder(layout, new[1]) is not None
     # A rollback into codes decodes the span that it cuts: float32 shows in which order the device adds there.
     rollback = () if dtype == torch.float32 else ((1500, 2000),)
     for first, to in ((0, 1000), (1000, 1003), (1003, 1800), *rollback):

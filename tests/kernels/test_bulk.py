@@ -3,41 +3,24 @@ attention against float32 by the book."""
 
 from dataclasses import replace
 
+import inputs
 import pytest
 import torch
+from inputs import B, part, tokens
 
 from sphkv_compile.kernels.gpu import bulk
 from sphkv_compile.ops import append as appending
 from sphkv_compile.ops.append import append
 from sphkv_compile.ops.attend import attend
 from sphkv_compile.ops.reference import attend_reference
-from sphkv_compile.spec import Tier
-from sphkv_compile.storage.layout import Layout
-from sphkv_compile.storage.state import BASE, SPANS, Geometry, State
-from sphkv_compile.testing.oracle import shuffled_state
+from sphkv_compile.storage.state import BASE, SPANS, State
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted only where there is no device")
-B, H, SINK, WINDOW, SPAN = 2, 2, 4, 32, 128
+CAPACITY = 700
 
 
-def make(tier, dim, dtype=torch.float32, rolling=False, capacity=700, span=SPAN):
-    layout = Layout("axis_cosine", (Tier.parse(tier),), SINK, WINDOW, span, 64, 0, "half", dim, "tiles")
-    return shuffled_state(layout, Geometry(B, H, capacity, dim, dim, dtype, dtype, rolling), seed=1), layout
-
-
-def tokens(count, dim, group, dtype=torch.float32):
-    """Queries, keys with a constant of their own, values. Shapes: [B, HQ, count, D], [B, H, count, D] twice."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator)
-
-    k = normal(B, H, count, dim) * 2 + normal(1, H, 1, dim) * 3
-    return [x.to(dtype) for x in (normal(B, H * group, count, dim), k, normal(B, H, count, dim))]
-
-
-def part(x, *index):
-    return [t[:, :, slice(*index)] for t in x]
+def make(*what, capacity=CAPACITY, **how):
+    return inputs.make(*what, capacity=capacity, **how)
 
 
 def masks(kind, first, count, columns):
@@ -94,7 +77,7 @@ def fused(monkeypatch):
 
     def run(*args):
         with monkeypatch.context() as patch:
-            patch.setattr(appending, "on_device", lambda *_: bulk)
+            patch.setattr(appending, "device_encoder", lambda *_: bulk)
             append(*args)
 
     return run

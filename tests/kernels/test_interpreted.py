@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from inputs import CAPACITY, SINK, SPAN, WINDOW, B, H, make, part, tokens
 
 from sphkv_compile.codecs.codebook import levels
 from sphkv_compile.kernels.gpu import launch, words
@@ -19,40 +20,13 @@ from sphkv_compile.ops.read import dense
 from sphkv_compile.spec import Tier
 from sphkv_compile.storage import tiles
 from sphkv_compile.storage.layout import UNIT, Layout
-from sphkv_compile.storage.state import BASE, FAULT, FROZEN, LENGTH, SPANS, START, Geometry, State, empty_state
+from sphkv_compile.storage.state import BASE, FAULT, FROZEN, LENGTH, SPANS, START, Geometry, State
 from sphkv_compile.testing.oracle import attention, shuffled_state
 from sphkv_compile.testing.planes import dumped
 from sphkv_compile.testing.retained import retained
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted only where there is no device")
-B, H, CAPACITY, SINK, WINDOW, SPAN = 2, 2, 500, 4, 32, 128
 PADDING = [0, 7]
-
-
-def make(tier, dim, dtype=torch.float32, rope="half", rolling=False, capacity=CAPACITY):
-    layout = Layout("axis_cosine", (Tier.parse(tier),), SINK, WINDOW, SPAN, 64, 0, rope, dim, "tiles")
-    geometry = Geometry(B, H, capacity, dim, dim, dtype, dtype, rolling)
-    pages = layout.spans(capacity, rolling) * layout.pages_per_span
-    size = layout.page_bytes(layout.tiers[0], dim, dim, geometry.itemsize)
-    state = empty_state(layout, geometry, torch.zeros(B * H * pages * size, dtype=torch.uint8))
-    order = torch.randperm(B * H * pages, generator=torch.Generator().manual_seed(1))
-    state.table.copy_((order * (size // UNIT)).view(B, H, pages))
-    return state, layout
-
-
-def tokens(count, dim, group, dtype=torch.float32):
-    """Queries, keys with a constant of their own, values."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator)
-
-    k = normal(B, H, count, dim) * 2 + normal(1, H, 1, dim) * 3
-    return [x.to(dtype) for x in (normal(B, H * group, count, dim), k, normal(B, H, count, dim))]
-
-
-def part(x, *index):
-    return [t[:, :, slice(*index)] for t in x]
 
 
 def shown(holes=False, position=None):

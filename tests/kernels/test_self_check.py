@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sphkv_compile.kernels.gpu import bulk, launch
-from sphkv_compile.ops.decode import check_device
+from sphkv_compile.ops.check import check_device
 from sphkv_compile.spec import Tier
 from sphkv_compile.storage.layout import Layout
 
@@ -32,27 +32,16 @@ def test_a_wrong_answer_is_refused(monkeypatch):
         run()
 
 
-def test_wrong_codes_are_refused(monkeypatch):
-    append = launch.append
+@pytest.mark.parametrize(("module", "name"), [(launch, "append"), (bulk, "encode")], ids=["one token", "many spans"])
+def test_wrong_codes_are_refused(monkeypatch, module, name):
+    """Of either encoder: both sides through the same one would agree with each other, and be wrong."""
+    encode = getattr(module, name)
 
-    def late(state, *arguments):
-        append(state, *arguments)
-        state.arena.copy_(state.arena.roll(16))
-
-    monkeypatch.setattr(launch, "append", late)
-    with pytest.raises(RuntimeError, match="of the codes"):
-        run()
-
-
-def test_a_wrong_encoder_of_many_spans_is_refused(monkeypatch):
-    """Both sides through the same kernel would agree with each other, and be wrong."""
-    encode = bulk.encode
-
-    def late(state, *arguments):
+    def moved(state, *arguments):
         encode(state, *arguments)
         state.arena.copy_(state.arena.roll(16))
 
-    monkeypatch.setattr(bulk, "encode", late)
+    monkeypatch.setattr(module, name, moved)
     with pytest.raises(RuntimeError, match="of the codes"):
         run()
 

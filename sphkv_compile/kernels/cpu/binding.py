@@ -130,18 +130,8 @@ def attend(
     out = torch.empty(b, hq, t, dv, dtype=q.dtype)
     mask_type, *mask_shape = _mask(mask)
     coded = state.arena, state.table, state.tiers, state.positions, state.anchors, state.span_scales
-    memory = (
-        *coded,
-        state.exact_k,
-        state.exact_v,
-        state.pair_scale,
-        state.rows,
-        q,
-        k,
-        v,
-        q if mask is None else mask,
-        out,
-    )
+    held = state.exact_k, state.exact_v, state.pair_scale, state.rows
+    memory = *coded, *held, q, k, v, q if mask is None else mask, out
     types = TYPES[q.dtype], TYPES[k.dtype], TYPES[v.dtype], mask_type
     packed = _ATTEND.pack(
         *[x.data_ptr() for x in memory],

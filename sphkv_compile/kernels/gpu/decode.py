@@ -310,7 +310,7 @@ def pages(
 
 
 @triton.jit
-def share(work, offset, count, weight):
+def pages_done(work, offset, count, weight):
     """The page at which ``work`` weights are done, among ``count`` pages that follow ``offset`` weights before them."""
     return tl.minimum(tl.maximum((work - offset + weight - 1) // weight, 0), count)
 
@@ -348,7 +348,7 @@ def coded_part(
             count = tl.load(HELD + NT - 1 - t)
             top, total, acc = pages(
                 q, top, total, acc, BYTES, WORDS, TABLE, BIAS, SEEN,
-                slot + share(mine, offset, count, WEIGHTS[t]), slot + share(after, offset, count, WEIGHTS[t]),
+                slot + pages_done(mine, offset, count, WEIGHTS[t]), slot + pages_done(after, offset, count, WEIGHTS[t]),
                 low, stop, begin, NS, NP, D, N, KBITS[t], VBITS[t], KSTEPS[t], VSTEPS[t] / VSTEPS[0], SPAN,
                 TWIN, ROLLING, MASKED, KEPT, STAGES,
             )  # fmt: skip
@@ -416,9 +416,9 @@ def decode(
     else:
         slots = bh.to(tl.int64) * ((SINK + RING) * D)
         top, total, acc = exact_part(
-            Q + b * q_row + bh % H * G * q_head, MASK + b.to(tl.int64) * mask_row, EXACT_K + slots,
-            EXACT_V + slots, part,
-            begin, spans, first, base, held, columns, qscale, q_head, G, D, N, SPAN, SINK, RING, MASKED, IEEE,
+            Q + b * q_row + bh % H * G * q_head, MASK + b.to(tl.int64) * mask_row,
+            EXACT_K + slots, EXACT_V + slots, part, begin, spans, first, base, held, columns, qscale, q_head,
+            G, D, N, SPAN, SINK, RING, MASKED, IEEE,
         )  # fmt: skip
     weight = tl.sum(total, 0)
     inverse = tl.where(coded, VSTEPS[0], 1.0) / tl.maximum(weight, 1e-30)

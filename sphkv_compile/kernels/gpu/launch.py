@@ -2,9 +2,8 @@
 
 These launches stand behind custom operators, not behind Inductor's TritonTemplate: an attention is three kernels that
 share a list of work made on the device, the last of them launched while the one before it still runs, and an append
-writes twelve tensors of state; a template makes one kernel with one output and knows none of this. In a CUDA graph an
-operator costs the host nothing. What a template could fuse, the output's projection, it could not either: a product of
-one row is a kernel of the library.
+writes a dozen tensors of state, where a template is one kernel with one output. The two were not measured beside each
+other; in a CUDA graph neither costs the host anything.
 """
 
 from __future__ import annotations
@@ -126,20 +125,19 @@ def attend(
         "HAS_POS": pos is not None, "HAS_START": start is not None, "ROLLING": rolling, "MASKED": mask is not None,
         "LISTED": listed, "G": g, "D": d, "N": HEADS, "SINK": layout.sink,
     }  # fmt: skip
-    kbits, vbits = zip(*((t.k_bits, t.v_bits) for t in reversed(layout.tiers)))
-    weights = {"WEIGHTS": tuple(k + v + 1 for k, v in zip(kbits, vbits)), "KEPT": layout.kept}
+    menu = menu_of(layout.tiers)
     prepare[(max(1, triton.cdiv(spans, CHUNK)), b * h)](
         q, state.pair_scale, signs, state.anchors, state.span_scales, state.rows, state.held, where, shown, turned,
         bias, seen, items, begins, *numbers, mask_row, h, spans, pages, programs, b * h,
-        SPAN=layout.span, CHUNK=CHUNK, ALL=triton.next_power_of_2(b * h), num_warps=4, **weights, **flags,
+        SPAN=layout.span, CHUNK=CHUNK, ALL=triton.next_power_of_2(b * h),
+        WEIGHTS=menu["WEIGHTS"], KEPT=layout.kept, num_warps=4, **flags,
     )  # fmt: skip
     decode[(slices,)](
         q, turned, state.arena, state.arena.view(torch.int32), state.table, state.held, bias, seen, items, shown,
         state.rows, where, state.exact_k, state.exact_v, partial, lse, *numbers, mask_row, h, spans, pages, programs,
-        b * h, KBITS=kbits, VBITS=vbits, KSTEPS=tuple(map(words.step, kbits)), VSTEPS=tuple(map(words.step, vbits)),
-        TWIN=twin, SPAN=layout.span, RING=layout.ring, EXACT=exact, STAGES=3, IEEE=q.dtype == torch.float32,
-        PDL=depends, num_stages=3, maxnreg=None if twin else REGISTERS,
-        num_warps=(2 if d == 256 else 1) * (4 if twin else 1), **weights, **flags,
+        b * h, TWIN=twin, SPAN=layout.span, RING=layout.ring, EXACT=exact, STAGES=3, IEEE=q.dtype == torch.float32,
+        PDL=depends, KEPT=layout.kept, num_stages=3, maxnreg=None if twin else REGISTERS,
+        num_warps=(2 if d == 256 else 1) * (4 if twin else 1), **menu, **flags,
     )  # fmt: skip
     combine[(g, b * h)](
         partial, lse, begins, q, k, v, signs, state.rows, where, shown, out, *numbers,
@@ -192,6 +190,17 @@ def _inputs(state: State, pos: Tensor | None, mask: Tensor | None) -> tuple[Tens
     """Position, mask and its stride over rows; what is not there is stood in for by a tensor that no kernel reads."""
     shown = state.rows if mask is None else mask.view(torch.uint8)
     return state.rows if pos is None else pos, shown, mask.stride(0) if mask is not None and mask.shape[0] > 1 else 0
+
+
+@lru_cache(None)
+def menu_of(tiers: tuple[Tier, ...]) -> dict[str, tuple]:
+    """What ``decode`` needs of each tier, narrowest first: widths, steps, and a page's weight in bytes."""
+    kbits, vbits = zip(*((tier.k_bits, tier.v_bits) for tier in reversed(tiers)))
+    return {
+        "KBITS": kbits, "VBITS": vbits,
+        "KSTEPS": tuple(map(words.step, kbits)), "VSTEPS": tuple(map(words.step, vbits)),
+        "WEIGHTS": tuple(k + v + 1 for k, v in zip(kbits, vbits)),
+    }  # fmt: skip
 
 
 @lru_cache(None)

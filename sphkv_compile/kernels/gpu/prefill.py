@@ -1,9 +1,9 @@
 """Attention of many new tokens over codes, sinks, window and themselves: one softmax, nothing decoded in memory.
 
 A program owns ROWS query rows of one kv head: its G query heads take turns, row r is head r % G of token r // G, so
-that a page is decoded once for all of them. A page's keys are decoded to float16 with radius and anchor in them,
-so that one product gives whole logits; its values are summed in the turned frame and turned back before the exact
-tokens are added, under the same running maximum.
+that a page is decoded once for all of them. A page's keys are decoded to float16 with their radius in them, and their
+anchor's product is added to theirs; its values are summed in the turned frame and turned back before the exact tokens
+are added, under the same running maximum.
 
 All logits are in units of log 2. What a query may see is an interval of columns, from a mask too where its rows are
 intervals (causal, left-padded, sliding); only a mask with holes is looked at beside every key, a bit for each.
