@@ -8,6 +8,7 @@ from sphkv_compile.ops import append as appending
 from sphkv_compile.ops import decode
 from sphkv_compile.ops.append import append
 from sphkv_compile.ops.attend import attend as portable
+from sphkv_compile.ops.read import exact_positions
 from sphkv_compile.ops.reference import attend_reference
 from sphkv_compile.spec import CacheSpec, Tier
 from sphkv_compile.storage.layout import Layout
@@ -83,8 +84,8 @@ def test_codes_are_those_of_the_host(tier, dim, dtype):
         append(spec, layout, *part(x, first, to), first, list(PADDING))
         append(ours, layout, *part(new, first, to), first, list(PADDING))
         for name, a, b in zip(State._fields, ours, spec):
-            if name in ("moments", "energy"):  # sums in another order
-                torch.testing.assert_close(a.cpu(), b, rtol=1e-6, atol=0)
+            if name in ("moments", "energy"):  # float32 sums over a million terms, in another order
+                torch.testing.assert_close(a.cpu(), b, rtol=4e-6, atol=0)
             else:
                 assert torch.equal(a.cpu(), b), f"{name}: {float((a.cpu() != b).double().mean()):.2e} differ"
     assert int(spec.rows[0, SPANS]) > 10
@@ -101,7 +102,10 @@ def test_codes_of_a_decode_step_are_those_of_a_prefill():
     append(ours, layout, *part(x, 0, 270), 0, [0, 0])
     for t in range(270, 700):
         launch.append(ours, layout, *part(x, t, t + 1), None, None, None, False)
+    held = exact_positions(layout, 0, 700, int(one.rows[0, SPANS]), layout.sink)[1].cuda()
     for name, a, b in zip(State._fields, ours, one):
+        if name in ("exact_k", "exact_v"):  # a slot of a token that is coded by now holds what it will
+            a, b = a[:, :, held], b[:, :, held]
         if name not in ("moments", "energy"):
             assert torch.equal(a, b), name
 

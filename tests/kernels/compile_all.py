@@ -130,7 +130,15 @@ def report(code, capability):
         "dependent": code.asm["ptx"].count("griddepcontrol"),
         "kwidths": sorted(set(re.findall(r"dot_op<\{opIdx = 0, parent = #\w+, kWidth = (\d)", code.asm["ttgir"]))),
         "decoded_kwidths": decoded_kwidths(code.asm["ttgir"]),
+        "overhanging": overhanging(code.asm["ttgir"]),
     }
+
+
+def overhanging(text):
+    """Products of warp groups whose warps reach past the rows: they read what is not theirs, and the compiler is silent."""
+    warps = dict(re.findall(r"^(#\w+) = #ttg.nvidia_mma<.*warpsPerCTA = \[(\d+)", text, re.M))
+    products = re.findall(r"warp_group_dot .*-> tensor<(\d+)x\d+xf32, (#\w+)>", text)
+    return [(int(rows), int(warps[layout])) for rows, layout in products if int(rows) < 16 * int(warps[layout])]
 
 
 def decoded_kwidths(text):

@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.language.core import constexpr
 
 from sphkv_compile.kernels.gpu.decode import BASE, FAULT, FROZEN, LENGTH, SPANS, START, WIDTH, place
-from sphkv_compile.kernels.gpu.encode import encode_span
+from sphkv_compile.kernels.gpu.encode import encode_keys, encode_values
 
 
 @triton.jit
@@ -84,10 +84,10 @@ def standing(
 @triton.jit
 def append(
     Q, K, V, WORDS, TABLE, TIERS, POSITIONS, HELD, ANCHORS, STEPS, EXACT_K, EXACT_V, SCALE, MOMENTS, ENERGY, SIGNS,
-    ROWS, POS, MASK, start, q_row, q_head, k_row, k_head, v_row, v_head, mask_row, H, NS, NP,
+    LEVELS, FACTORS, ROWS, POS, MASK, start, q_row, q_head, k_row, k_head, v_row, v_head, mask_row, H, NS, NP,
     G: constexpr, D: constexpr, N: constexpr, KB: constexpr, VB: constexpr,
     SPAN: constexpr, SINK: constexpr, RING: constexpr,
-    KBORDERS: constexpr, KLEVELS: constexpr, VBORDERS: constexpr, VLEVELS: constexpr,
+    KBORDERS: constexpr, VBORDERS: constexpr,
     ROTARY: constexpr, INTERLEAVED: constexpr, KNOWN: constexpr, KEPT: constexpr, TIERCOUNT: constexpr,
     HAS_POS: constexpr, HAS_START: constexpr, MASKED: constexpr,
 ):  # fmt: skip
@@ -143,11 +143,15 @@ def append(
                 for t in tl.static_range(TIERCOUNT):
                     page += tl.load(HELD + bh * TIERCOUNT + t)
             pages = bh.to(tl.int64) * NP
-            encode_span(
+            encode_keys(
                 WORDS, TABLE + pages, POSITIONS + pages * 64, TIERS + pages,
-                ANCHORS + (bh.to(tl.int64) * NS + row) * D, STEPS + (bh * NS + row) * 2,
-                EXACT_K + slots, EXACT_V + slots, EXACT_K, EXACT_V, SCALE + bh * D, SIGNS, at, page, 0, 0, 0,
-                D, KB, VB, SPAN, SINK, RING, KBORDERS, KLEVELS, VBORDERS, VLEVELS, False, KEPT,
+                ANCHORS + (bh.to(tl.int64) * NS + row) * D, STEPS + (bh * NS + row) * 2, FACTORS + bh * D,
+                EXACT_K + slots, EXACT_K, SCALE + bh * D, SIGNS, LEVELS, at, page, 0, 0,
+                D, KB, VB, SPAN, SINK, RING, KBORDERS, False, KEPT,
+            )  # fmt: skip
+            encode_values(
+                WORDS, TABLE + pages, EXACT_V + slots, EXACT_V, SIGNS, LEVELS + (1 << (KB - 1)), at, page, 0, 0,
+                D, KB, VB, SPAN, SINK, RING, VBORDERS, False,
             )  # fmt: skip
             if KEPT:
                 tl.store(HELD + bh * TIERCOUNT, tl.load(HELD + bh * TIERCOUNT) + SPAN // 64)

@@ -12,7 +12,7 @@ from torch import Tensor
 from sphkv_compile.kernels.gpu import words
 from sphkv_compile.kernels.gpu.decode import LOG2E
 from sphkv_compile.kernels.gpu.encode import encode_spans
-from sphkv_compile.kernels.gpu.launch import codebooks, converts, processors, signs_of
+from sphkv_compile.kernels.gpu.launch import borders_of, converts, encoding_warps, levels_of, processors, signs_of
 from sphkv_compile.kernels.gpu.prefill import extents, prefill, turn_queries
 from sphkv_compile.storage.layout import Layout
 from sphkv_compile.storage.state import START, State
@@ -37,14 +37,15 @@ def encode(
     tier = layout.tiers[0]
     h, d = k.shape[1], k.shape[3]
     k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
-    encode_spans[(len(spans), members.numel() * h)](
+    factors = torch.empty(members.numel() * h * len(spans), d, dtype=torch.float32, device=k.device)
+    encode_spans[(len(spans), members.numel() * h, 2)](
         k, v, state.arena.view(torch.int32), state.table, state.tiers, state.positions, state.held,
         state.anchors, state.span_scales, state.exact_k, state.exact_v, state.pair_scale, signs_of(layout, d, k.device),
-        members.to(k.device, torch.int32), origin, spans.start, first,
+        levels_of(tier, k.device), members.to(k.device, torch.int32), factors, origin, spans.start, first,
         *k.stride()[:3], *v.stride()[:3], h, state.anchors.shape[2], state.table.shape[2],
         D=d, KB=tier.k_bits, VB=tier.v_bits, SPAN=layout.span, SINK=layout.sink, RING=layout.ring,
-        KEPT=layout.kept, TIERCOUNT=len(layout.tiers), enable_fp_fusion=False, num_warps=16 if d == 256 else 8,
-        **codebooks(tier),
+        KEPT=layout.kept, TIERCOUNT=len(layout.tiers), enable_fp_fusion=False,
+        num_warps=encoding_warps(layout, d), **borders_of(tier),
     )  # fmt: skip
 
 
@@ -157,6 +158,7 @@ def over_codes(
     # as many query rows and exact tokens at once as registers allow
     rows = 32 if single or twin else 64 if d == 256 or bits is not None or t * g <= 64 else 128
     block = 32 if single or twin or d == 256 or bits is not None else 64
+    warps = 4 if rows == 64 else 8  # four of Hopper's share 64 rows of a product: four more would read past them
     qscale = (d**-0.5 if scale is None else scale) * LOG2E
     turned = torch.empty(b * h, t * g, d, dtype=torch.float16, device=device)
     blocks, pages = triton.cdiv(t * g, rows) * b * h, max(1, state.table.shape[2])
@@ -178,7 +180,7 @@ def over_codes(
         KSTEP=words.step(tier.k_bits), VSTEP=words.step(tier.v_bits),
         TWIN=twin, CAUSAL=is_causal, BOUNDED=lo is not None, MASKED=bits is not None,
         PRECISION="tf32x3" if single else "tf32", ROWS=rows, BLOCK=block, STAGES=2, SPLIT=split,
-        num_stages=2, num_warps=8,
+        num_stages=2, num_warps=warps,
     )  # fmt: skip
     if not split:
         return out[0]

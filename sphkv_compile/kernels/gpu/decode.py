@@ -4,7 +4,8 @@
 the codes once: codes are the larger operand of every product, the query heads of one kv head the smaller, and no
 decoded value goes through memory. A row is cut into parts at run time, from the counters on the device, so a captured
 graph stays right while the cache grows. ``combine`` merges the parts and the new token by their log-sum-exp and turns
-the sum back.
+the sum back. It is launched while ``decode`` still runs. ``decode`` is not, while ``prepare`` does: parts are placed
+evenly only on a device that is empty.
 
 All logits are in units of log 2: ``exp2`` is the native instruction.
 """
@@ -131,15 +132,16 @@ def prepare(
     if (chunk == 0) | (chunk * CHUNK < spans):
         d = tl.arange(0, D)
         g = tl.arange(0, N)
+        s = chunk * CHUNK + tl.arange(0, CHUNK)
+        within = s < NS
+        # asked for before the queries are turned, so that one round trip to memory is enough
+        anchors = tl.load(ANCHORS + (bh * NS + s)[:, None].to(tl.int64) * D + d[None, :], mask=within[:, None], other=0)
+        steps = tl.load(STEPS + (bh * NS + s) * 2, mask=within, other=0.0).to(tl.float32)
         q = tl.load(Q + b * q_row + (h * G + g)[:, None] * q_head + d[None, :], mask=(g < G)[:, None], other=0.0)
         x = q.to(tl.float32) * (tl.load(SCALE + bh * D + d) * tl.load(SIGNS + d))[None, :]
         turned = (hadamard(x, N, D) * (qscale * D**-0.5)).to(tl.float16)
         if chunk == 0:
             tl.store(TURNED + (bh * N + g)[:, None] * D + d[None, :], turned)
-        s = chunk * CHUNK + tl.arange(0, CHUNK)
-        within = s < NS
-        anchors = tl.load(ANCHORS + (bh * NS + s)[:, None].to(tl.int64) * D + d[None, :], mask=within[:, None], other=0)
-        steps = tl.load(STEPS + (bh * NS + s) * 2, mask=within, other=0.0).to(tl.float32)
         bias = tl.dot(anchors.to(tl.float16), tl.trans(turned)) * steps[:, None]
         tl.store(BIAS + (bh * NS + s)[:, None] * N + g[None, :], bias, mask=within[:, None])
         if MASKED:

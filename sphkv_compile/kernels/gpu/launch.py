@@ -101,11 +101,10 @@ def attend(
     # Rows and heads that hold as much as each other are divided as they are; others by a list, made on the device. Its
     # parts are merged in rounds, which a long window needs too.
     listed = layout.kept or b > 1 or exact >= SLICES
-    fit = OCCUPANCY * processors(device)
-    if listed:
-        programs = max(b * h, min(fit, b * h * (pages // 2), MOST))
-    else:
-        programs = b * h * max(1, min(fit // (b * h), pages // 2, SLICES - exact))
+    programs = min(OCCUPANCY * processors(device), b * h * (pages // 2), MOST)
+    if exact < SLICES:
+        programs = min(programs, b * h * (SLICES - exact))
+    programs = max(b * h, programs if listed else programs - programs % (b * h))
     slices = programs + b * h * exact
     turned = torch.empty(b * h, HEADS, d, dtype=torch.float16, device=device)
     bias = torch.empty(b * h, max(1, spans), HEADS, dtype=torch.float32, device=device)
@@ -172,16 +171,17 @@ def append(
     }  # fmt: skip
     spans, pages = state.anchors.shape[2], state.table.shape[2]
     tier = layout.tiers[0]
+    factors = torch.empty(b * h, d, dtype=torch.float32, device=q.device)
     appending.append[(b * h,)](
         q, k, v, state.arena.view(torch.int32), state.table, state.tiers, state.positions, state.held,
         state.anchors, state.span_scales, state.exact_k, state.exact_v, state.pair_scale, state.moments, state.energy,
-        signs_of(layout, d, q.device), state.rows, where, shown, start or 0,
+        signs_of(layout, d, q.device), levels_of(tier, q.device), factors, state.rows, where, shown, start or 0,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), mask_row, h, max(1, spans), pages,
         G=hq // h, D=d, N=max(HEADS, triton.next_power_of_2(hq // h)), KB=tier.k_bits, VB=tier.v_bits,
-        **codebooks(tier),
+        **borders_of(tier),
         ROTARY=layout.rotary_dim, INTERLEAVED=layout.rope == "interleaved", KNOWN=layout.rope != "none",
-        KEPT=layout.kept, TIERCOUNT=len(layout.tiers), enable_fp_fusion=False, num_warps=16 if d == 256 else 8,
-        **flags,
+        KEPT=layout.kept, TIERCOUNT=len(layout.tiers), enable_fp_fusion=False,
+        num_warps=encoding_warps(layout, d), **flags,
     )  # fmt: skip
     appending.advance[(b,)](state.rows, where, shown, start or 0, mask_row, ROLLING=rolling, num_warps=1, **flags)
 
@@ -204,14 +204,21 @@ def menu_of(tiers: tuple[Tier, ...]) -> dict[str, tuple]:
 
 
 @lru_cache(None)
-def codebooks(tier: Tier) -> dict[str, tuple]:
-    """Positive borders, as bits, and positive levels of both widths: what the encoders compare with."""
-    out = {}
-    for name, bits in (("K", tier.k_bits), ("V", tier.v_bits)):
-        half = 1 << (bits - 1)
-        out[f"{name}BORDERS"] = tuple(thresholds(bits)[half:].view(torch.int32).tolist())
-        out[f"{name}LEVELS"] = tuple(levels(bits)[half:].tolist())
-    return out
+def borders_of(tier: Tier) -> dict[str, tuple]:
+    """Positive borders of both widths, as bits: what the encoders compare with."""
+    widths = (("KBORDERS", tier.k_bits), ("VBORDERS", tier.v_bits))
+    return {name: tuple(thresholds(bits)[1 << (bits - 1) :].view(torch.int32).tolist()) for name, bits in widths}
+
+
+@lru_cache(None)
+def levels_of(tier: Tier, device: torch.device) -> Tensor:
+    """Positive levels of keys, then of values. Shapes: -> float32[n]."""
+    return torch.cat([levels(bits)[1 << (bits - 1) :] for bits in (tier.k_bits, tier.v_bits)]).float().to(device)
+
+
+def encoding_warps(layout: Layout, dim: int) -> int:
+    """Warps of a program that encodes a span: a thread for 64 columns of each of up to 128 tokens."""
+    return min(layout.span, 128) * (dim // 64) // 32
 
 
 @lru_cache(None)

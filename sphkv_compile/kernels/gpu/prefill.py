@@ -155,36 +155,43 @@ def coded_pages(
         EDGE: some tokens of these pages are hidden from some rows.
     """
     PER_SPAN: constexpr = SPAN // 64
+    AT_ONCE: constexpr = 16  # spans whose anchors one product takes: the fewest columns that it knows
     WORDS_K: constexpr = 2 * KB * D
     WORDS_V: constexpr = 2 * VB * D
     d = tl.arange(0, D)
     i = tl.arange(0, 64)
-    if page < end - skipped:
-        t = tl.where(page < skip, page, page + skipped)
-        unit = tl.load(TABLE + t % NP)
-        for n in tl.range(page, end - skipped, num_stages=STAGES):
-            t = tl.where(n < skip, n, n + skipped)
-            ahead = tl.minimum(n + 1, end - skipped - 1)
-            unit_ahead = tl.load(TABLE + tl.where(ahead < skip, ahead, ahead + skipped) % NP)
-            span = t // PER_SPAN % NS
-            words = WORDS + unit.to(tl.int64) * 16
-            meta = tl.load(words + WORDS_K + WORDS_V + i)
-            radius = (meta & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
-            weight = (meta >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-            step = tl.load(STEPS + span * 2).to(tl.float32) * (1.0 / KSTEP)
-            # The anchor's product stands apart: added to a key in float16, a large one would round the residual away.
-            anchor = tl.load(ANCHORS + span.to(tl.int64) * D + d).to(tl.float16)
-            same = tl.dot(q, tl.trans(tl.broadcast_to(anchor[None, :], (16, D))))
-            k = tile(words, KB, D, False, TWIN) * radius[:, None]
-            x = tl.dot(q, tl.trans(k)) + (tl.max(same, 1) * step)[:, None]
-            if EDGE:
-                token = t * 64 + i
-                seen = visible(bits, lo, hi, begin + t * 64 - base, 64, MASKED)
-                x = tl.where(seen & ((token >= low) & (token < stop))[None, :], x, HIDDEN)
-            p, top, total, shrink = weigh(x, top, total)
-            v = tile(words + WORDS_K, VB, D, True, TWIN)
-            acc = tl.dot((p * weight[None, :]).to(tl.float16), tl.trans(v), acc * shrink[:, None])
-            unit = unit_ahead
+    j = tl.arange(0, AT_ONCE)
+    for some in tl.range(page // (AT_ONCE * PER_SPAN), tl.cdiv(end, AT_ONCE * PER_SPAN)):
+        from_ = tl.maximum(page, some * (AT_ONCE * PER_SPAN))
+        to = tl.minimum(end, (some + 1) * (AT_ONCE * PER_SPAN))
+        jump = tl.minimum(tl.maximum(skip, from_), to)
+        jumped = tl.minimum(tl.maximum(skip + skipped, from_), to) - jump
+        if from_ < to - jumped:
+            # Anchors' products stand apart: added to a key in float16, a large one would round the residual away.
+            spans = (some * AT_ONCE + j) % NS
+            anchors = tl.load(ANCHORS + spans.to(tl.int64)[:, None] * D + d[None, :]).to(tl.float16)
+            scales = tl.load(STEPS + spans * 2).to(tl.float32) * (1.0 / KSTEP)
+            same = tl.dot(q, tl.trans(anchors)) * scales[None, :]
+            unit = tl.load(TABLE + tl.where(from_ < jump, from_, from_ + jumped) % NP)
+            for n in tl.range(from_, to - jumped, num_stages=STAGES):
+                t = tl.where(n < jump, n, n + jumped)
+                ahead = tl.minimum(n + 1, to - jumped - 1)
+                unit_ahead = tl.load(TABLE + tl.where(ahead < jump, ahead, ahead + jumped) % NP)
+                words = WORDS + unit.to(tl.int64) * 16
+                meta = tl.load(words + WORDS_K + WORDS_V + i)
+                radius = (meta & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+                weight = (meta >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+                own = tl.sum(tl.where((j == t // PER_SPAN - some * AT_ONCE)[None, :], same, 0.0), 1)
+                k = tile(words, KB, D, False, TWIN) * radius[:, None]
+                x = tl.dot(q, tl.trans(k)) + own[:, None]
+                if EDGE:
+                    token = t * 64 + i
+                    seen = visible(bits, lo, hi, begin + t * 64 - base, 64, MASKED)
+                    x = tl.where(seen & ((token >= low) & (token < stop))[None, :], x, HIDDEN)
+                p, top, total, shrink = weigh(x, top, total)
+                v = tile(words + WORDS_K, VB, D, True, TWIN)
+                acc = tl.dot((p * weight[None, :]).to(tl.float16), tl.trans(v), acc * shrink[:, None])
+                unit = unit_ahead
     return top, total, acc
 
 
