@@ -135,7 +135,7 @@ def report(code, capability):
 
 
 def overhanging(text):
-    """Products of warp groups whose warps reach past the rows: they read what is not theirs, and the compiler is silent."""
+    """Products of warp groups whose warps reach past the rows: they read what is not theirs, in silence."""
     warps = dict(re.findall(r"^(#\w+) = #ttg.nvidia_mma<.*warpsPerCTA = \[(\d+)", text, re.M))
     products = re.findall(r"warp_group_dot .*-> tensor<(\d+)x\d+xf32, (#\w+)>", text)
     return [(int(rows), int(warps[layout])) for rows, layout in products if int(rows) < 16 * int(warps[layout])]

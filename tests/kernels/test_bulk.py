@@ -13,7 +13,9 @@ from sphkv_compile.ops import append as appending
 from sphkv_compile.ops.append import append
 from sphkv_compile.ops.attend import attend
 from sphkv_compile.ops.reference import attend_reference
-from sphkv_compile.storage.state import BASE, SPANS, State
+from sphkv_compile.spec import Tier
+from sphkv_compile.storage.state import BASE, SPANS, Geometry, State
+from sphkv_compile.testing.oracle import shuffled_state
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted only where there is no device")
 CAPACITY = 700
@@ -96,6 +98,8 @@ def check_equal(ours, spec):
         ("K3V3", 128, torch.float16, 64),
         ("K2V4", 256, torch.float32, 128),
         ("K4V4", 64, torch.float16, 256),
+        ("K2V2", 64, torch.bfloat16, 64),  # a word has both token halves
+        ("K3V3", 256, torch.float32, 64),  # two groups of eight planes
     ],
 )
 def test_spans_are_encoded_bit_for_bit(fused, tier, dim, dtype, span):
@@ -111,6 +115,19 @@ def test_spans_are_encoded_bit_for_bit(fused, tier, dim, dtype, span):
         check_equal(ours, spec)
         at = to
     assert int(spec.rows[0, SPANS]) == layout.coded_spans(at) > 1
+
+
+def test_kept_spans_are_encoded_bit_for_bit(fused):
+    """Behind what a head already keeps, their positions in the page."""
+    _, layout = make("K4V4", 64, torch.bfloat16)
+    layout = replace(layout, tiers=(Tier(4, 4), Tier(4, 2)), kept=True)
+    ours, spec = (shuffled_state(layout, Geometry(B, 2, CAPACITY, 64, 64, *[torch.bfloat16] * 2, False)) for _ in "ab")
+    x = tokens(650, 64, 2, torch.bfloat16)
+    for first, to in ((0, 320), (320, 650)):
+        for write, state in ((fused, ours), (append, spec)):
+            write(state, layout, *part(x, first, to), first, [0, 7])
+        check_equal(ours, spec)
+    assert int(spec.held[..., 0].min()) > 2
 
 
 def test_a_window_longer_than_a_lap_keeps_its_last_spans(fused):
@@ -136,6 +153,28 @@ def test_attention_in_a_rolling_window(kind):
     held = torch.arange(200) + base >= 0
     out, want = bulk.attend(*arguments), attend(*arguments)
     assert bool(held.all()) and float((out - want).norm() / want.norm()) < 2e-3
+
+
+@pytest.mark.parametrize("kind", ["causal", "padded", "wide", "holes", "rolling"])
+def test_more_spans_than_one_product_takes(monkeypatch, kind):
+    """Anchors' products are taken for sixteen spans at once: parts, edges and what is seen whole cross from one such
+    group into the next, and in a rolling window a group comes round."""
+    monkeypatch.setattr(bulk, "processors", lambda device: 8 if kind in ("padded", "holes") else 1)
+    monkeypatch.setattr(bulk, "PART", 2)
+    held, rolling = 2600 if kind == "rolling" else 1500, kind == "rolling"
+    columns = 1250 if rolling else 1600
+    state, layout = make("K4V4", 64, span=64, rolling=rolling, capacity=columns)
+    x = tokens(held + 4, 64, 1)
+    append(state, layout, *part(x, 0, held), 0, [0, 7])
+    base = held + 4 - columns if rolling else 0
+    state.rows[:, BASE] = base
+    mask = None if rolling else masks("padded" if kind == "wide" else kind, held, 4, columns)
+    if kind == "wide":
+        mask = mask & (torch.arange(columns) > held + torch.arange(4)[:, None] - 1300)
+    arguments = state, layout, *part(x, held, held + 4), held, base, columns, mask, False, None
+    out, want = bulk.attend(*arguments), attend(*arguments)
+    assert int(state.rows[0, SPANS]) > 16 and state.anchors.shape[2] % 16
+    assert float((out - want).norm() / want.norm()) < 2e-3
 
 
 @pytest.mark.parametrize("kind", ["none", "padded", "sliding", "holes"])

@@ -20,25 +20,34 @@ def facts(capability, *chosen):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-WIDE = {"append": 540, "encode_spans": 400, "prefill": 660}
-"""Bytes spilled at head_dim 256, where an encoder has 128 registers a thread, and a block of queries its sums: figures to
-be brought down, and not to grow."""
-MASKED = 200
-"""The same of a block of queries at head_dim 128 beside a mask with holes; 16 without."""
-TWIN = {"decode": 300}
-"""The same where the twin holds whole planes, before sm_89."""
-SOME = 16
-"""A block of queries, and a masked run over two tiers, which keeps one register outside of its loop."""
+WIDE = {"append": 112, "encode_spans": 192, "prefill": 640}
+"""Bytes spilled at head_dim 256, of 64 rows of it that are encoded, once a span, or of a block of queries and its sums,
+in every page: figures to be brought down, and not to grow."""
+TWIN = 112
+"""The same of ``decode`` where the twin holds whole planes, before sm_89."""
+HOLES = 160
+"""The same of a block of queries at head_dim 128 beside a mask with holes."""
+SINGLE = 544
+"""The same of a span in float32, of whose rows a load leaves half to each of two threads."""
+SOME = {"prefill": 24, "append": 48, "encode_spans": 48, "decode": 16}
+"""The same elsewhere: a block of queries, three-bit codes, a masked run over two tiers, or of float32 by the twin."""
 
 
 def allowed(kernel, configuration, capability):
     """Bytes that may be spilled."""
-    tier, dim, _, masked, _ = configuration
+    tier, dim, dtype, masked, _ = configuration
+    single = dtype == "torch.float32"
     if dim == 256:
-        return WIDE.get(kernel, 0) or (TWIN.get(kernel, 0) if capability < 89 else 0)
-    if kernel == "prefill":
-        return MASKED if masked and dim == 128 else SOME
-    return SOME if kernel == "decode" and "/" in tier and masked else 0
+        return WIDE.get(kernel, TWIN if kernel == "decode" and capability < 89 else 0)
+    if kernel == "prefill" and dim == 128 and masked:
+        return HOLES
+    if kernel == "encode_spans" and single:
+        return SINGLE
+    if kernel == "decode" and not (masked and ("/" in tier or (single and capability < 89))):
+        return 0
+    if kernel in ("append", "encode_spans") and "3" not in tier:
+        return 0
+    return SOME.get(kernel, 0)
 
 
 def check(rows, capability):

@@ -89,7 +89,7 @@ def append(
     SPAN: constexpr, SINK: constexpr, RING: constexpr,
     KBORDERS: constexpr, VBORDERS: constexpr,
     ROTARY: constexpr, INTERLEAVED: constexpr, KNOWN: constexpr, KEPT: constexpr, TIERCOUNT: constexpr,
-    HAS_POS: constexpr, HAS_START: constexpr, MASKED: constexpr,
+    TWIN: constexpr, HAS_POS: constexpr, HAS_START: constexpr, MASKED: constexpr,
 ):  # fmt: skip
     """The token into the window, and the span that leaves it into its pages. Grid: (B * H,)."""
     bh = tl.program_id(0)
@@ -147,11 +147,11 @@ def append(
                 WORDS, TABLE + pages, POSITIONS + pages * 64, TIERS + pages,
                 ANCHORS + (bh.to(tl.int64) * NS + row) * D, STEPS + (bh * NS + row) * 2, FACTORS + bh * D,
                 EXACT_K + slots, EXACT_K, SCALE + bh * D, SIGNS, LEVELS, at, page, 0, 0,
-                D, KB, VB, SPAN, SINK, RING, KBORDERS, False, KEPT,
+                D, KB, VB, SPAN, SINK, RING, KBORDERS, False, KEPT, TWIN,
             )  # fmt: skip
             encode_values(
                 WORDS, TABLE + pages, EXACT_V + slots, EXACT_V, SIGNS, LEVELS + (1 << (KB - 1)), at, page, 0, 0,
-                D, KB, VB, SPAN, SINK, RING, VBORDERS, False,
+                D, KB, VB, SPAN, SINK, RING, VBORDERS, False, TWIN,
             )  # fmt: skip
             if KEPT:
                 tl.store(HELD + bh * TIERCOUNT, tl.load(HELD + bh * TIERCOUNT) + SPAN // 64)

@@ -32,7 +32,7 @@ def encode(
         members: int64[rows].
         origin: position at which the rows' span 0 begins.
 
-    Shapes: ``k`` / ``v`` [B, H, T, D], of all rows.
+    Shapes: ``k`` / ``v`` [B, H, T, D], of all rows, in the window's dtype.
     """
     tier = layout.tiers[0]
     h, d = k.shape[1], k.shape[3]
@@ -44,7 +44,7 @@ def encode(
         levels_of(tier, k.device), members.to(k.device, torch.int32), factors, origin, spans.start, first,
         *k.stride()[:3], *v.stride()[:3], h, state.anchors.shape[2], state.table.shape[2],
         D=d, KB=tier.k_bits, VB=tier.v_bits, SPAN=layout.span, SINK=layout.sink, RING=layout.ring,
-        KEPT=layout.kept, TIERCOUNT=len(layout.tiers), enable_fp_fusion=False,
+        KEPT=layout.kept, TIERCOUNT=len(layout.tiers), TWIN=not converts(k.device), enable_fp_fusion=False,
         num_warps=encoding_warps(layout, d), **borders_of(tier),
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.language.core import constexpr
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sphkv_compile.kernels.gpu.words import planes
+from sphkv_compile.kernels.gpu.words import gather, planes
 from sphkv_compile.storage import state
 
 LOG2E = 1.4426950408889634
@@ -212,18 +212,6 @@ def exact_part(
         else:  # the weights keep eleven bits, which bfloat16 would not
             acc = acc + (tl.dot(tl.trans(v[j].to(tl.float16)), total.to(tl.float16)),)
     return top, total, acc
-
-
-@triton.jit
-def gather(at, TWIN: constexpr):
-    """32-bit words that the first-level cache holds, as int32. The assembly keeps the compiler from staging them
-    through shared memory, which would take the pages' place there."""
-    if TWIN:
-        return tl.load(at).to(tl.int32, bitcast=True)
-    else:
-        return tl.inline_asm_elementwise(
-            "ld.global.ca.b32 $0, [$1];", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
-        )
 
 
 @triton.jit

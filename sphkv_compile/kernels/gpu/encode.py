@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from triton.language.core import constexpr
 
+from sphkv_compile.kernels.gpu.words import gather
+
 
 @triton.jit
 def round_even(x):
@@ -43,62 +45,57 @@ def halves(x):
 
 
 @triton.jit
-def turn_columns(x, PARTS: constexpr):
-    """Sylvester's matrix times each row over sqrt(D), the far butterflies first, as the codecs do it.
-
-    Shapes: eight float32[E, 8] -> the same.
-    """
-    E: constexpr = x[0].shape[0]
-    part = (tl.arange(0, E) // 4 % PARTS)[:, None]
-    for i in tl.static_range(PARTS.bit_length() - 1):
-        upper = part // (PARTS >> (i + 1)) % 2 == 1
-        out = ()
-        for c in tl.static_range(8):
-            total = add_across(x[c], 2, 4 * (PARTS >> (i + 1)))
-            rest = add_across(tl.where(upper, -x[c], x[c]), 2, 4 * (PARTS >> (i + 1)))
-            out = out + (tl.where(upper, rest, total),)
-        x = out
-    for i in tl.static_range(3):
-        out = ()
-        for c in tl.static_range(8):
-            if c // (4 >> i) % 2 == 0:
-                out = out + (x[c] + x[c + (4 >> i)],)
-            else:
-                out = out + (x[c - (4 >> i)] - x[c],)
-        x = out
-    out = ()
+def columns(at):
+    """64 neighbouring columns of many rows, each row in one thread. Shapes: ``at`` pointers[E, 8] -> float32[E, 64]."""
+    E: constexpr = at.shape[0]
+    parts = ()
     for c in tl.static_range(8):
-        y = x[c]
-        for _ in tl.static_range(3):
-            low, high = halves(y)
-            y = tl.reshape(tl.join(low + high, low - high), (E, 8))
-        out = out + (y * ((PARTS * 64) ** -0.5),)
-    return out
+        parts = parts + (tl.load(at + c * 8).to(tl.float32),)
+    for i in tl.static_range(3):
+        more, parts = parts, ()
+        for c in tl.static_range(4 >> i):
+            parts = parts + (tl.join(more[c], more[c + (4 >> i)]),)
+    return tl.reshape(tl.permute(parts[0], (0, 2, 3, 4, 1)), (E, 64))
 
 
 @triton.jit
-def squares(low, high, PARTS: constexpr):
-    """Squares of a lower and an upper column of each row, added. Shapes: float32[E, 8] twice -> the same."""
+def turn_columns(x, PARTS: constexpr):
+    """Sylvester's matrix times each row over sqrt(D), the far butterflies first, as the codecs do it.
+
+    Shapes: float32[E, 64] -> the same.
+    """
+    E: constexpr = x.shape[0]
+    part = (tl.arange(0, E) // 4 % PARTS)[:, None]
+    for i in tl.static_range(PARTS.bit_length() - 1):
+        upper = part // (PARTS >> (i + 1)) % 2 == 1
+        total = add_across(x, 2, 4 * (PARTS >> (i + 1)))
+        x = tl.where(upper, add_across(tl.where(upper, -x, x), 2, 4 * (PARTS >> (i + 1))), total)
+    for _ in tl.static_range(6):
+        low, high = halves(x)
+        x = tl.reshape(tl.join(low + high, low - high), (E, 64))
+    return x * ((PARTS * 64) ** -0.5)
+
+
+@triton.jit
+def norm(low, high, PARTS: constexpr):
+    """Length of each row from its halves, squares of the upper half added to the lower half.
+
+    Shapes: float32[E, 32] twice -> float32[E, 1].
+    """
     low, high = low * low, high * high
     for i in tl.static_range(PARTS.bit_length() - 1):
         low = add_across(low, 2, 4 * (PARTS >> (i + 1)))
         high = add_across(high, 2, 4 * (PARTS >> (i + 1)))
-    return low + high
-
-
-@triton.jit
-def root_of_sum(x):
-    """Root of each row's sum, the upper half added to the lower half. Shapes: four float32[E, 8] -> float32[E, 1]."""
-    y = (x[0] + x[2]) + (x[1] + x[3])
-    for _ in tl.static_range(3):
-        low, high = halves(y)
-        y = low + high
-    return tl.sqrt_rn(y)
+    x = low + high
+    for _ in tl.static_range(5):
+        low, high = halves(x)
+        x = low + high
+    return tl.sqrt_rn(x)
 
 
 @triton.jit
 def turn(x, D: constexpr):
-    """The same for one row that lies across threads. Shapes: float32[D] -> float32[D]."""
+    """:func:`turn_columns` for one row that lies across threads. Shapes: float32[D] -> float32[D]."""
     for _ in tl.static_range(D.bit_length() - 1):
         a, b = tl.split(tl.permute(tl.reshape(x, (2, D // 2)), (1, 0)))
         x = tl.reshape(tl.join(a + b, a - b), (D,))
@@ -114,55 +111,51 @@ def fold_rows(x, ROWS: constexpr, D: constexpr):
 
 
 @triton.jit
-def quantize(u, LEVELS, BORDERS: constexpr, BITS: constexpr):
-    """Sign, index of the magnitude, and the magnitude. A value on a border belongs above it, on either side of zero.
+def quantize(u, LEVELS, BORDERS: constexpr, BITS: constexpr, TWIN: constexpr):
+    """Codes and their magnitudes. A value on a border belongs above it, on either side of zero.
 
     Args:
         BORDERS: bits of the positive borders, ascending.
 
-    Shapes: ``LEVELS`` float32, the positive levels; float32[...] -> int32[...], int32[...], float32[...].
+    Shapes: ``LEVELS`` float32, the positive levels; float32[...] -> int32[...], of four bits: sign and index of the
+    magnitude; float32[...].
     """
+    HALF: constexpr = 1 << (BITS - 1)
     negative = (u < 0).to(tl.int32)
     bits = (u.to(tl.int32, bitcast=True) & 0x7FFFFFFF) - negative
     index = tl.zeros(u.shape, tl.int32)
     borders = ()
-    for j in tl.static_range((1 << (BITS - 1)) - 1):
+    for j in tl.static_range(HALF - 1):
         borders = borders + (tl.full([], BORDERS[j], tl.int32),)
     for i in tl.static_range(BITS - 1):  # the half in which it lies, and the half of that
-        above = bits >= borders[(1 << (BITS - 2 - i)) - 1]
+        above = bits >= borders[(HALF >> (i + 1)) - 1]
         index = index * 2 + above.to(tl.int32)
         more, borders = borders, ()
-        for j in tl.static_range((1 << (BITS - 2 - i)) - 1):
-            borders = borders + (tl.where(above, more[j + (1 << (BITS - 2 - i))], more[j]),)
-    return negative, index, tl.load(LEVELS + index)
+        for j in tl.static_range((HALF >> (i + 1)) - 1):
+            borders = borders + (tl.where(above, more[j + (HALF >> (i + 1))], more[j]),)
+    level = gather(LEVELS + index, TWIN).to(tl.float32, bitcast=True)
+    if BITS == 4:
+        code = index | (negative << 3)
+    else:
+        code = tl.where(negative != 0, HALF - 1 - index, HALF + index)
+    return code, level
 
 
 @triton.jit
-def encode(x, LEVELS, PARTS: constexpr, BORDERS: constexpr, BITS: constexpr):
+def encode(x, LEVELS, PARTS: constexpr, BORDERS: constexpr, BITS: constexpr, TWIN: constexpr):
     """Codes of the direction, two in an integer, and the radius that keeps the length.
 
-    Shapes: eight float32[E, 8] -> four int32[E, 8], of columns 0..31 beside those 32 further; float16[E, 1].
+    Shapes: float32[E, 64] -> int32[E, 32], of columns 0..31 and, sixteen bits higher, of 32..63; float16[E, 1].
     """
-    HALF: constexpr = 1 << (BITS - 1)
-    parts = ()
-    for c in tl.static_range(4):
-        parts = parts + (squares(x[c], x[c + 4], PARTS),)
-    length = root_of_sum(parts)
+    low, high = halves(x)
+    length = norm(low, high, PARTS)
     some = length > 0
     unit = tl.where(some, tl.div_rn(1.0, tl.where(some, length, 1.0)) * (PARTS * 64) ** 0.5, 0.0)
-    pairs, parts = (), ()
-    for c in tl.static_range(4):
-        negative, index, level = quantize(x[c] * unit, LEVELS, BORDERS, BITS)
-        negative_too, index_too, level_too = quantize(x[c + 4] * unit, LEVELS, BORDERS, BITS)
-        parts = parts + (squares(level, level_too, PARTS),)
-        if BITS == 4:
-            pair = index | (index_too << 16) | (negative << 7) | (negative_too << 3)
-        else:
-            pair = tl.where(negative != 0, HALF - 1 - index, HALF + index)
-            pair |= tl.where(negative_too != 0, HALF - 1 - index_too, HALF + index_too) << 16
-        pairs = pairs + (pair,)
-    radius = tl.div_rn(length, root_of_sum(parts))
-    return pairs, tl.minimum(radius, 65504.0).to(tl.float16)
+    pair, level = quantize(low * unit, LEVELS, BORDERS, BITS, TWIN)
+    code, level_too = quantize(high * unit, LEVELS, BORDERS, BITS, TWIN)
+    pair |= code << 16
+    radius = tl.div_rn(length, norm(level, level_too, PARTS))
+    return pair, tl.minimum(radius, 65504.0).to(tl.float16)
 
 
 @triton.jit
@@ -173,7 +166,8 @@ def word_bits(pair, unit, b, BITS: constexpr, TILE: constexpr):
         unit: number of their pair of planes; b: theirs in the word.
     """
     if BITS == 4:
-        bits = ((pair & 0x70007) << (4 * b)) | ((pair & 0x88) << (8 * b))
+        bits = (pair & 0x70007) << (4 * b)
+        bits |= (((pair & 8) << 4) | ((pair >> 16) & 8)) << (8 * b)
     elif BITS == 2:
         bits = pair << (4 * b + unit % 2 * 2)
     else:
@@ -183,32 +177,30 @@ def word_bits(pair, unit, b, BITS: constexpr, TILE: constexpr):
 
 
 @triton.jit
-def store_words(at, pairs, unit, inside, BITS: constexpr, VALUES: constexpr):
+def store_words(at, pair, unit, inside, BITS: constexpr, VALUES: constexpr):
     """Codes of 64 columns of each row into the tiles of its page.
 
     Args:
         at: where the page's keys, or values, begin.
         unit: number of the pair of planes that these columns are; inside: the token's number among 32.
 
-    Shapes: pointers[E, 1], four int32[E, 8], int32[E, 1].
+    Shapes: pointers[E, 1], int32[E, 32], int32[E, 1] twice.
     """
     E: constexpr = inside.shape[0]
     TILES: constexpr = 3 if BITS == 3 else 1
     ACROSS: constexpr = 4 if BITS == 3 else 4 // BITS  # pairs that share tiles: they lie in rows beside each other
-    column = tl.arange(0, 8)[None, :]
+    column = tl.arange(0, 32)[None, :]
     for tile in tl.static_range(TILES):
         words = at + (unit // ACROSS * TILES + tile) * 256
-        for c in tl.static_range(4):
-            if VALUES:
-                bits = add_across(word_bits(pairs[c], unit, inside % 4, BITS, tile), 4, 1)
-                place = (c * 8 + column) * 8 + inside // 4
-            else:
-                bits = word_bits(pairs[c], unit, column % 4, BITS, tile)
-                bits = tl.sum(tl.reshape(bits, (E, 2, 4)), 2)
-                place = inside * 8 + c * 2 + tl.arange(0, 2)[None, :]
-            if ACROSS > 1:
-                bits = add_across(bits, ACROSS, 4)
-            tl.store(words + place, bits)
+        if VALUES:
+            bits = add_across(word_bits(pair, unit, inside % 4, BITS, tile), 4, 1)
+            place = column * 8 + inside // 4
+        else:
+            bits = tl.sum(tl.reshape(word_bits(pair, unit, column % 4, BITS, tile), (E, 8, 4)), 2)
+            place = inside * 8 + tl.arange(0, 8)[None, :]
+        if ACROSS > 1:
+            bits = add_across(bits, ACROSS, 4)
+        tl.store(words + place, bits)
 
 
 @triton.jit
@@ -219,7 +211,7 @@ def exact(
     """Where exact rows lie, those before position ``first`` in the window's ring, the others in the new tokens.
 
     Args:
-        token: stride of ``NEW``.
+        token: stride of ``NEW``, which is of the window's type.
 
     Shapes: ``position`` int32[...] -> pointers[...].
     """
@@ -260,16 +252,16 @@ def anchor_of(
 
 
 @triton.jit
-def rows_of(D: constexpr, SPAN: constexpr):
+def rows_of(D: constexpr, BLOCK: constexpr):
     """Which columns and tokens of a block a thread holds: 64 columns of one token.
 
     Four neighbouring tokens, then the parts of a token, then its page's other half: what shares a word lies in a warp.
 
-    Shapes: -> part of the token and number of its pair of planes int32[E, 1], number of the token in the block and
-    among 32 int32[E, 1], its first eight columns int32[E, 8].
+    Shapes: -> number of the pair of planes, of the token in the block and among 32 int32[E, 1], the first eight columns
+    int32[E, 8].
     """
     PARTS: constexpr = D // 64
-    e = tl.arange(0, (SPAN if SPAN < 128 else 128) * PARTS)[:, None]
+    e = tl.arange(0, BLOCK * PARTS)[:, None]
     part = e // 4 % PARTS
     half = e // (4 * PARTS) % 2
     inside = e // (8 * PARTS) % 8 * 4 + e % 4
@@ -282,7 +274,7 @@ def encode_keys(
     WORDS, TABLE, POSITIONS, TIERS, ANCHOR, STEP, FACTOR, HELD, NEW, SCALE, SIGNS, LEVELS,
     at, page, first, token_stride,
     D: constexpr, KB: constexpr, VB: constexpr, SPAN: constexpr, SINK: constexpr, RING: constexpr,
-    BORDERS: constexpr, HAS_NEW: constexpr, KEPT: constexpr,
+    BORDERS: constexpr, HAS_NEW: constexpr, KEPT: constexpr, TWIN: constexpr,
 ):  # fmt: skip
     """The keys of the span at positions ``at``.. into its pages, with its anchor, its positions and its tier.
 
@@ -295,21 +287,16 @@ def encode_keys(
     step = anchor_of(
         ANCHOR, STEP, FACTOR, HELD, NEW, SCALE, SIGNS, at, first, token_stride, D, SPAN, SINK, RING, HAS_NEW
     )
-    unit, row, inside, column = rows_of(D, SPAN)
-    for block in tl.range(0, tl.cdiv(SPAN, 128), num_stages=1):
-        token = block * 128 + row
+    BLOCK: constexpr = 64 if D == 256 or SPAN == 64 else 128
+    unit, row, inside, column = rows_of(D, BLOCK)
+    for block in tl.range(0, SPAN // BLOCK, num_stages=1):
+        token = block * BLOCK + row
         own = page + token // 64
         words = WORDS + tl.load(TABLE + own).to(tl.int64) * 16
         place = exact(HELD, NEW, at + token, first, token_stride, D, SINK, RING, HAS_NEW) + column
-        x = ()
-        for c in tl.static_range(8):
-            x = x + (tl.load(place + c * 8).to(tl.float32) * tl.load(FACTOR + column + c * 8),)
-        turned = turn_columns(x, D // 64)
-        x = ()
-        for c in tl.static_range(8):
-            x = x + (turned[c] - tl.load(ANCHOR + column + c * 8).to(tl.float32) * step,)
-        pairs, radius = encode(x, LEVELS, D // 64, BORDERS, KB)
-        store_words(words, pairs, unit, inside, KB, False)
+        x = turn_columns(columns(place) * columns(FACTOR + column), D // 64) - columns(ANCHOR + column) * step
+        pair, radius = encode(x, LEVELS, D // 64, BORDERS, KB, TWIN)
+        store_words(words, pair, unit, inside, KB, False)
         words += 2 * (KB + VB) * D
         tl.store((words + token % 64).to(tl.pointer_type(tl.float16)), radius)
         if KEPT:
@@ -323,19 +310,18 @@ def encode_keys(
 def encode_values(
     WORDS, TABLE, HELD, NEW, SIGNS, LEVELS, at, page, first, token_stride,
     D: constexpr, KB: constexpr, VB: constexpr, SPAN: constexpr, SINK: constexpr, RING: constexpr,
-    BORDERS: constexpr, HAS_NEW: constexpr,
+    BORDERS: constexpr, HAS_NEW: constexpr, TWIN: constexpr,
 ):  # fmt: skip
     """The same span's values; arguments as for :func:`encode_keys`."""
-    unit, row, inside, column = rows_of(D, SPAN)
-    for block in tl.range(0, tl.cdiv(SPAN, 128), num_stages=1):
-        token = block * 128 + row
+    BLOCK: constexpr = 64 if D == 256 or SPAN == 64 else 128
+    unit, row, inside, column = rows_of(D, BLOCK)
+    for block in tl.range(0, SPAN // BLOCK, num_stages=1):
+        token = block * BLOCK + row
         words = WORDS + tl.load(TABLE + page + token // 64).to(tl.int64) * 16 + 2 * KB * D
         place = exact(HELD, NEW, at + token, first, token_stride, D, SINK, RING, HAS_NEW) + column
-        x = ()
-        for c in tl.static_range(8):
-            x = x + (tl.load(place + c * 8).to(tl.float32) * tl.load(SIGNS + column + c * 8),)
-        pairs, weight = encode(turn_columns(x, D // 64), LEVELS, D // 64, BORDERS, VB)
-        store_words(words, pairs, unit, inside, VB, True)
+        x = turn_columns(columns(place) * columns(SIGNS + column), D // 64)
+        pair, weight = encode(x, LEVELS, D // 64, BORDERS, VB, TWIN)
+        store_words(words, pair, unit, inside, VB, True)
         tl.store((words + 2 * VB * D + token % 64).to(tl.pointer_type(tl.float16)) + 1, weight)
 
 
@@ -345,8 +331,9 @@ def encode_spans(
     MEMBERS, FACTORS, origin, span, first, k_row, k_head, k_token, v_row, v_head, v_token, H, NS, NP,
     D: constexpr, KB: constexpr, VB: constexpr, SPAN: constexpr, SINK: constexpr, RING: constexpr,
     KBORDERS: constexpr, VBORDERS: constexpr, KEPT: constexpr, TIERCOUNT: constexpr,
+    TWIN: constexpr,
 ):  # fmt: skip
-    """Spans ``span``.. of some rows: keys, and values beside them. Grid: (spans, rows * H, 2).
+    """Spans ``span``.. of some rows. Grid: (spans, rows * H, 2): keys, then values.
 
     Args:
         MEMBERS: int32, the rows of the batch.
@@ -375,10 +362,10 @@ def encode_spans(
             ANCHORS + (bh * NS + slot) * D, STEPS + (bh * NS + slot) * 2,
             FACTORS + (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * D,
             EXACT_K + held, K + b * k_row + h * k_head, SCALE + bh * D, SIGNS, LEVELS, at, page,
-            first, k_token, D, KB, VB, SPAN, SINK, RING, KBORDERS, True, KEPT,
+            first, k_token, D, KB, VB, SPAN, SINK, RING, KBORDERS, True, KEPT, TWIN,
         )  # fmt: skip
     else:
         encode_values(
             WORDS, TABLE + pages, EXACT_V + held, V + b * v_row + h * v_head, SIGNS, LEVELS + (1 << (KB - 1)),
-            at, page, first, v_token, D, KB, VB, SPAN, SINK, RING, VBORDERS, True,
+            at, page, first, v_token, D, KB, VB, SPAN, SINK, RING, VBORDERS, True, TWIN,
         )  # fmt: skip

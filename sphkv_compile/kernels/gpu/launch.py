@@ -180,7 +180,7 @@ def append(
         G=hq // h, D=d, N=max(HEADS, triton.next_power_of_2(hq // h)), KB=tier.k_bits, VB=tier.v_bits,
         **borders_of(tier),
         ROTARY=layout.rotary_dim, INTERLEAVED=layout.rope == "interleaved", KNOWN=layout.rope != "none",
-        KEPT=layout.kept, TIERCOUNT=len(layout.tiers), enable_fp_fusion=False,
+        KEPT=layout.kept, TIERCOUNT=len(layout.tiers), TWIN=not converts(q.device), enable_fp_fusion=False,
         num_warps=encoding_warps(layout, d), **flags,
     )  # fmt: skip
     appending.advance[(b,)](state.rows, where, shown, start or 0, mask_row, ROLLING=rolling, num_warps=1, **flags)
@@ -217,8 +217,8 @@ def levels_of(tier: Tier, device: torch.device) -> Tensor:
 
 
 def encoding_warps(layout: Layout, dim: int) -> int:
-    """Warps of a program that encodes a span: a thread for 64 columns of each of up to 128 tokens."""
-    return min(layout.span, 128) * (dim // 64) // 32
+    """Warps of a program that encodes a span: a thread for 64 columns of each token of a block."""
+    return (64 if dim == 256 or layout.span == 64 else 128) * (dim // 64) // 32
 
 
 @lru_cache(None)

@@ -287,3 +287,18 @@ def planes(BYTES, WORDS, BITS: constexpr, PLANES: constexpr, TWIN: constexpr):
         for i in tl.static_range(PLANES // GROUP):
             out = out + _assembly_planes(BYTES + i * (TILES * 1024) + place, BITS)
     return out
+
+
+@triton.jit
+def gather(at, TWIN: constexpr):
+    """32-bit words that the first-level cache holds and this program does not write, as int32.
+
+    The assembly keeps the compiler from staging them through shared memory, which is for pages, and from choosing their
+    layout.
+    """
+    if TWIN:
+        return tl.load(at).to(tl.int32, bitcast=True)
+    else:
+        return tl.inline_asm_elementwise(
+            "ld.global.ca.b32 $0, [$1];", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
+        )
