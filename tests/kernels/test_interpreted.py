@@ -69,13 +69,27 @@ def test_attention_against_float64(tier, dim, group, dtype, masked, count):
     if masked and count < 7:
         mask = torch.ones_like(mask)
     assert launch.call_served(layout, q, k, v, mask, False)
-    for place in ((torch.tensor([count]), None), (None, count), (None, None)):
-        out = launch.attend(state, layout, q, k, v, *place, CAPACITY, mask, None, False)
-        exact = state._replace(exact_k=state.exact_k.float(), exact_v=state.exact_v.float())
-        keys, values = dense(exact, layout, count + 1)
-        keys[:, :, count], values[:, :, count] = k[:, :, 0].float(), v[:, :, 0].float()
-        want = attention(q, keys, values, None if mask is None else mask[..., : count + 1], False, None)
-        assert float((out - want).norm() / want.norm()) < 1e-3  # float16 products; a wrong token gives over 1e-2
+    out = launch.attend(state, layout, q, k, v, torch.tensor([count]), None, CAPACITY, mask, None, False)
+    exact = state._replace(exact_k=state.exact_k.float(), exact_v=state.exact_v.float())
+    keys, values = dense(exact, layout, count + 1)
+    keys[:, :, count], values[:, :, count] = k[:, :, 0].float(), v[:, :, 0].float()
+    want = attention(q, keys, values, None if mask is None else mask[..., : count + 1], False, None)
+    assert float((out - want).norm() / want.norm()) < 1e-3  # float16 products; a wrong token gives over 1e-2
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_new_position_may_be_a_tensor_a_number_or_the_counters_own(masked):
+    state, layout = make("K4V4", 64)
+    x = tokens(301, 64, 2)
+    append(state, layout, *part(x, 0, 300), 0, PADDING if masked else [0, 0])
+    mask = shown(holes=True, position=300) if masked else None
+
+    def attend(*place):
+        return launch.attend(state, layout, *part(x, 300, 301), *place, CAPACITY, mask, None, False)
+
+    by_tensor = attend(torch.tensor([300]), None)
+    assert torch.equal(by_tensor, attend(None, 300)) and torch.equal(by_tensor, attend(None, None))
+    assert not torch.equal(by_tensor, attend(None, 299))
 
 
 @pytest.mark.parametrize(
