@@ -86,7 +86,7 @@ def append(
     Q, K, V, WORDS, TABLE, TIERS, POSITIONS, HELD, ANCHORS, STEPS, EXACT_K, EXACT_V, SCALE, MOMENTS, ENERGY, SIGNS,
     LEVELS, FACTORS, ROWS, POS, MASK, start, q_row, q_head, k_row, k_head, v_row, v_head, mask_row, H, NS, NP,
     G: constexpr, D: constexpr, N: constexpr, KB: constexpr, VB: constexpr,
-    SPAN: constexpr, SINK: constexpr, RING: constexpr,
+    SPAN: constexpr, BLOCK: constexpr, SINK: constexpr, RING: constexpr,
     KBORDERS: constexpr, VBORDERS: constexpr,
     ROTARY: constexpr, INTERLEAVED: constexpr, KNOWN: constexpr, KEPT: constexpr, TIERCOUNT: constexpr,
     TWIN: constexpr, HAS_POS: constexpr, HAS_START: constexpr, MASKED: constexpr,
@@ -147,11 +147,11 @@ def append(
                 WORDS, TABLE + pages, POSITIONS + pages * 64, TIERS + pages,
                 ANCHORS + (bh.to(tl.int64) * NS + row) * D, STEPS + (bh * NS + row) * 2, FACTORS + bh * D,
                 EXACT_K + slots, EXACT_K, SCALE + bh * D, SIGNS, LEVELS, at, page, 0, 0,
-                D, KB, VB, SPAN, SINK, RING, KBORDERS, False, KEPT, TWIN,
+                D, KB, VB, SPAN, BLOCK, SINK, RING, KBORDERS, False, KEPT, TWIN,
             )  # fmt: skip
             encode_values(
                 WORDS, TABLE + pages, EXACT_V + slots, EXACT_V, SIGNS, LEVELS + (1 << (KB - 1)), at, page, 0, 0,
-                D, KB, VB, SPAN, SINK, RING, VBORDERS, False, TWIN,
+                D, KB, VB, SPAN, BLOCK, SINK, RING, VBORDERS, False, TWIN,
             )  # fmt: skip
             if KEPT:
                 tl.store(HELD + bh * TIERCOUNT, tl.load(HELD + bh * TIERCOUNT) + SPAN // 64)

@@ -12,7 +12,7 @@ from torch import Tensor
 from sphkv_compile.kernels.gpu import words
 from sphkv_compile.kernels.gpu.decode import LOG2E
 from sphkv_compile.kernels.gpu.encode import encode_spans
-from sphkv_compile.kernels.gpu.launch import borders_of, converts, encoding_warps, levels_of, processors, signs_of
+from sphkv_compile.kernels.gpu.launch import borders_of, converts, encoding_block, levels_of, processors, signs_of
 from sphkv_compile.kernels.gpu.prefill import extents, prefill, turn_queries
 from sphkv_compile.storage.layout import Layout
 from sphkv_compile.storage.state import START, State
@@ -45,7 +45,7 @@ def encode(
         *k.stride()[:3], *v.stride()[:3], h, state.anchors.shape[2], state.table.shape[2],
         D=d, KB=tier.k_bits, VB=tier.v_bits, SPAN=layout.span, SINK=layout.sink, RING=layout.ring,
         KEPT=layout.kept, TIERCOUNT=len(layout.tiers), TWIN=not converts(k.device), enable_fp_fusion=False,
-        num_warps=encoding_warps(layout, d), **borders_of(tier),
+        **encoding_block(layout, d), **borders_of(tier),
     )  # fmt: skip
 
 

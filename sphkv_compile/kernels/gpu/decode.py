@@ -4,8 +4,8 @@
 the codes once: codes are the larger operand of every product, the query heads of one kv head the smaller, and no
 decoded value goes through memory. A row is cut into parts at run time, from the counters on the device, so a captured
 graph stays right while the cache grows. ``combine`` merges the parts and the new token by their log-sum-exp and turns
-the sum back. It is launched while ``decode`` still runs. ``decode`` is not, while ``prepare`` does: parts are placed
-evenly only on a device that is empty.
+the sum back. It is launched while ``decode`` still runs; ``decode`` only once ``prepare`` has ended, since parts are
+placed evenly on an empty device alone.
 
 All logits are in units of log 2: ``exp2`` is the native instruction.
 """

@@ -273,7 +273,7 @@ def rows_of(D: constexpr, BLOCK: constexpr):
 def encode_keys(
     WORDS, TABLE, POSITIONS, TIERS, ANCHOR, STEP, FACTOR, HELD, NEW, SCALE, SIGNS, LEVELS,
     at, page, first, token_stride,
-    D: constexpr, KB: constexpr, VB: constexpr, SPAN: constexpr, SINK: constexpr, RING: constexpr,
+    D: constexpr, KB: constexpr, VB: constexpr, SPAN: constexpr, BLOCK: constexpr, SINK: constexpr, RING: constexpr,
     BORDERS: constexpr, HAS_NEW: constexpr, KEPT: constexpr, TWIN: constexpr,
 ):  # fmt: skip
     """The keys of the span at positions ``at``.. into its pages, with its anchor, its positions and its tier.
@@ -281,13 +281,13 @@ def encode_keys(
     Args:
         page: its first page in ``TABLE``, ``POSITIONS`` and ``TIERS``.
         first: position of the first row of ``NEW``; what lies before is in the window.
+        BLOCK: tokens that are encoded at once.
 
     Shapes: ``FACTOR`` float32[D], of this program alone.
     """
     step = anchor_of(
         ANCHOR, STEP, FACTOR, HELD, NEW, SCALE, SIGNS, at, first, token_stride, D, SPAN, SINK, RING, HAS_NEW
     )
-    BLOCK: constexpr = 64 if D == 256 or SPAN == 64 else 128
     unit, row, inside, column = rows_of(D, BLOCK)
     for block in tl.range(0, SPAN // BLOCK, num_stages=1):
         token = block * BLOCK + row
@@ -309,11 +309,10 @@ def encode_keys(
 @triton.jit
 def encode_values(
     WORDS, TABLE, HELD, NEW, SIGNS, LEVELS, at, page, first, token_stride,
-    D: constexpr, KB: constexpr, VB: constexpr, SPAN: constexpr, SINK: constexpr, RING: constexpr,
+    D: constexpr, KB: constexpr, VB: constexpr, SPAN: constexpr, BLOCK: constexpr, SINK: constexpr, RING: constexpr,
     BORDERS: constexpr, HAS_NEW: constexpr, TWIN: constexpr,
 ):  # fmt: skip
     """The same span's values; arguments as for :func:`encode_keys`."""
-    BLOCK: constexpr = 64 if D == 256 or SPAN == 64 else 128
     unit, row, inside, column = rows_of(D, BLOCK)
     for block in tl.range(0, SPAN // BLOCK, num_stages=1):
         token = block * BLOCK + row
@@ -329,9 +328,8 @@ def encode_values(
 def encode_spans(
     K, V, WORDS, TABLE, TIERS, POSITIONS, HELD, ANCHORS, STEPS, EXACT_K, EXACT_V, SCALE, SIGNS, LEVELS,
     MEMBERS, FACTORS, origin, span, first, k_row, k_head, k_token, v_row, v_head, v_token, H, NS, NP,
-    D: constexpr, KB: constexpr, VB: constexpr, SPAN: constexpr, SINK: constexpr, RING: constexpr,
-    KBORDERS: constexpr, VBORDERS: constexpr, KEPT: constexpr, TIERCOUNT: constexpr,
-    TWIN: constexpr,
+    D: constexpr, KB: constexpr, VB: constexpr, SPAN: constexpr, BLOCK: constexpr, SINK: constexpr, RING: constexpr,
+    KBORDERS: constexpr, VBORDERS: constexpr, KEPT: constexpr, TIERCOUNT: constexpr, TWIN: constexpr,
 ):  # fmt: skip
     """Spans ``span``.. of some rows. Grid: (spans, rows * H, 2): keys, then values.
 
@@ -362,10 +360,10 @@ def encode_spans(
             ANCHORS + (bh * NS + slot) * D, STEPS + (bh * NS + slot) * 2,
             FACTORS + (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * D,
             EXACT_K + held, K + b * k_row + h * k_head, SCALE + bh * D, SIGNS, LEVELS, at, page,
-            first, k_token, D, KB, VB, SPAN, SINK, RING, KBORDERS, True, KEPT, TWIN,
+            first, k_token, D, KB, VB, SPAN, BLOCK, SINK, RING, KBORDERS, True, KEPT, TWIN,
         )  # fmt: skip
     else:
         encode_values(
             WORDS, TABLE + pages, EXACT_V + held, V + b * v_row + h * v_head, SIGNS, LEVELS + (1 << (KB - 1)),
-            at, page, first, v_token, D, KB, VB, SPAN, SINK, RING, VBORDERS, True, TWIN,
+            at, page, first, v_token, D, KB, VB, SPAN, BLOCK, SINK, RING, VBORDERS, True, TWIN,
         )  # fmt: skip

@@ -181,7 +181,7 @@ def append(
         **borders_of(tier),
         ROTARY=layout.rotary_dim, INTERLEAVED=layout.rope == "interleaved", KNOWN=layout.rope != "none",
         KEPT=layout.kept, TIERCOUNT=len(layout.tiers), TWIN=not converts(q.device), enable_fp_fusion=False,
-        num_warps=encoding_warps(layout, d), **flags,
+        **encoding_block(layout, d), **flags,
     )  # fmt: skip
     appending.advance[(b,)](state.rows, where, shown, start or 0, mask_row, ROLLING=rolling, num_warps=1, **flags)
 
@@ -216,9 +216,10 @@ def levels_of(tier: Tier, device: torch.device) -> Tensor:
     return torch.cat([levels(bits)[1 << (bits - 1) :] for bits in (tier.k_bits, tier.v_bits)]).float().to(device)
 
 
-def encoding_warps(layout: Layout, dim: int) -> int:
-    """Warps of a program that encodes a span: a thread for 64 columns of each token of a block."""
-    return (64 if dim == 256 or layout.span == 64 else 128) * (dim // 64) // 32
+def encoding_block(layout: Layout, dim: int) -> dict[str, int]:
+    """Tokens that a program encodes at once, and its warps: a thread for 64 columns of each token."""
+    tokens = min(layout.span, 64 if dim == 256 else 128)
+    return {"BLOCK": tokens, "num_warps": tokens * (dim // 64) // 32}
 
 
 @lru_cache(None)
