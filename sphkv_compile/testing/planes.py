@@ -14,7 +14,7 @@ from sphkv_compile.kernels.gpu.words import planes
 @triton.jit
 def _dump(BYTES, WORDS, OUT, BITS: constexpr, PLANES: constexpr, TWIN: constexpr):
     i = tl.arange(0, 32)
-    out = planes(BYTES, WORDS, BITS, PLANES, TWIN)
+    out = planes(BYTES, WORDS, i, BITS, PLANES, TWIN)
     for j in tl.static_range(PLANES):
         tl.store(OUT + j * 1024 + i[:, None] * 32 + i[None, :], out[j])
 

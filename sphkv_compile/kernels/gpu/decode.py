@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.language.core import constexpr
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sphkv_compile.kernels.gpu.words import gather, planes
+from sphkv_compile.kernels.gpu.words import gather, integers, planes
 from sphkv_compile.storage import state
 
 LOG2E = 1.4426950408889634
@@ -113,7 +113,7 @@ def prepare(
     start, columns, qscale, q_row, q_head, mask_row, H, NS, NP, PROGRAMS, ROWS_HEADS,
     G: constexpr, D: constexpr, N: constexpr, SPAN: constexpr, SINK: constexpr, WEIGHTS: constexpr, ALL: constexpr,
     HAS_POS: constexpr, HAS_START: constexpr, ROLLING: constexpr, MASKED: constexpr, LISTED: constexpr,
-    KEPT: constexpr, CHUNK: constexpr,
+    KEPT: constexpr, CHUNK: constexpr, TWIN: constexpr,
 ):  # fmt: skip
     """q' = H(s q), its products with anchors, a bit per coded token that the mask shows, and the list of work.
 
@@ -142,7 +142,7 @@ def prepare(
         turned = (hadamard(x, N, D) * (qscale * D**-0.5)).to(tl.float16)
         if chunk == 0:
             tl.store(TURNED + (bh * N + g)[:, None] * D + d[None, :], turned)
-        bias = tl.dot(anchors.to(tl.float16), tl.trans(turned)) * steps[:, None]
+        bias = tl.dot(integers(anchors, TWIN), tl.trans(turned)) * steps[:, None]
         tl.store(BIAS + (bh * NS + s)[:, None] * N + g[None, :], bias, mask=within[:, None])
         if MASKED:
             if h == 0:
@@ -215,6 +215,59 @@ def exact_part(
 
 
 @triton.jit
+def token_of(row):
+    """The token of a page's half that row 0..31 of its logits stands for: see :func:`turn_tiles`."""
+    return (row & 16) | ((row & 6) << 1) | ((row & 8) >> 2) | (row & 1)
+
+
+@triton.jit
+def turn_tiles(p, TWIN: constexpr):
+    """Weights from where a product leaves them to where the next one takes them, without shared memory.
+
+    A product leaves a thread two heads of one token, the next takes four tokens of one head. Each tile of 8 x 8 is
+    transposed among the threads by one instruction, and rows are in the order of :func:`token_of`, so that what a
+    thread then holds of its tiles are neighbouring tokens.
+
+    Shapes: float16[32, 8], rows as :func:`token_of` -> float16[32, 8], rows in order.
+    """
+    if TWIN:
+        p = tl.reshape(tl.permute(tl.reshape(p, (4, 8, 8)), (0, 2, 1)), (32, 8))
+    else:
+        p = tl.inline_asm_elementwise(
+            "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [p], dtype=tl.float16, is_pure=True, pack=2
+        )
+    return tl.reshape(tl.permute(tl.reshape(p, (2, 2, 8, 4, 2)), (0, 3, 1, 4, 2)), (32, 8))
+
+
+@triton.jit
+def as_operand(x, TWIN: constexpr):
+    """A product's smaller operand, kept where it is taken: the compiler moves one that comes from memory in every
+    iteration anew, but not what another product has left, and :func:`turn_tiles` moves that at no cost.
+
+    Shapes: float16[32, 8], rows as :func:`token_of` -> float16[32, 8], rows in order.
+    """
+    if not TWIN:
+        nothing = tl.zeros([32, 16], tl.float16)
+        x = tl.dot(nothing, tl.zeros([16, 8], tl.float16), x.to(tl.float32)).to(tl.float16)
+    return turn_tiles(x, TWIN)
+
+
+@triton.jit
+def across(x, DQ: constexpr):
+    """Sylvester's matrix of ``DQ`` times a head's groups of 32 dims, by butterflies."""
+    LEVELS: constexpr = tl.constexpr(DQ.bit_length() - 1)
+    for level in tl.static_range(LEVELS):
+        out = ()
+        for j in tl.static_range(DQ):
+            if j & (1 << level):
+                out = out + (x[j ^ (1 << level)] - x[j],)
+            else:
+                out = out + (x[j] + x[j ^ (1 << level)],)
+        x = out
+    return x
+
+
+@triton.jit
 def pages(
     q, top, total, acc, BYTES, WORDS, TABLE, BIAS, SEEN, page, end, low, stop, begin, NS, NP,
     D: constexpr, N: constexpr, KB: constexpr, VB: constexpr, KSTEP: constexpr, RATIO: constexpr, SPAN: constexpr,
@@ -225,7 +278,8 @@ def pages(
     KBYTES: constexpr = 8 * KB * D
     VBYTES: constexpr = 8 * VB * D
     PER_SPAN: constexpr = SPAN // 64
-    i = tl.arange(0, 32)
+    dim = tl.arange(0, 32)
+    i = token_of(dim)
     g = tl.arange(0, N)
     if page < end:
         slot = page
@@ -246,7 +300,7 @@ def pages(
                 bias_ahead = tl.load(BIAS + ahead // PER_SPAN * N + g)
             at = BYTES + unit.to(tl.int64) * 64
             word = WORDS + unit.to(tl.int64) * 16
-            k = planes(at, word, KB, 2 * DQ, TWIN)
+            k = planes(at, word, i, KB, 2 * DQ, TWIN)
             meta = word + (KBYTES + VBYTES) // 4
             x = ()
             weights = ()
@@ -257,11 +311,7 @@ def pages(
                     logits = tl.dot(k[half * DQ + j], q[j], logits)
                 if KEPT:  # any tokens in any order: each says where it stood, and so which anchor is its own
                     token = tl.load(meta + 64 + half * 32 + i) - begin
-                else:
-                    token = t * 64 + half * 32 + i
-                if not MASKED:
                     seen = (token >= low) & (token < stop)
-                if KEPT:
                     if MASKED:  # an empty slot has a negative position
                         seen = token >= 0
                     stood = tl.where(seen, token, 0).to(tl.uint32)  # unsigned: its quotients are shifts
@@ -273,11 +323,19 @@ def pages(
                     if MASKED:
                         seen = ((bits[half] >> i) & 1) == 1
                 logits = logits * (low_half(both) * KSTEP)[:, None] + own
-                x = x + (tl.where(seen[:, None], logits, HIDDEN),)
+                if KEPT or MASKED:
+                    logits = tl.where(seen[:, None], logits, HIDDEN)
+                x = x + (logits,)
                 if RATIO == 1.0:
                     weights = weights + (high_half(both),)
                 else:
                     weights = weights + (high_half(both) * RATIO,)
+            if not KEPT and not MASKED:
+                if (t * 64 < low) | (t * 64 + 64 > stop):  # only the first and the last page are seen in part
+                    token = t * 64 + i
+                    x0 = tl.where(((token >= low) & (token < stop))[:, None], x[0], HIDDEN)
+                    x1 = tl.where(((token + 32 >= low) & (token + 32 < stop))[:, None], x[1], HIDDEN)
+                    x = (x0, x1)
             if MASKED and not KEPT:
                 bits = (tl.load(SEEN + ahead * 2), tl.load(SEEN + ahead * 2 + 1))
             new = tl.maximum(top, tl.max(tl.maximum(x[0], x[1]), 0))
@@ -286,9 +344,9 @@ def pages(
             x0 = tl.exp2(x[0] - new[None, :])
             x1 = tl.exp2(x[1] - new[None, :])
             total = total * shrink[None, :] + (x0 + x1)
-            p0 = (x0 * weights[0][:, None]).to(tl.float16)
-            p1 = (x1 * weights[1][:, None]).to(tl.float16)
-            v = planes(at + KBYTES, word + KBYTES // 4, VB, 2 * DQ, TWIN)
+            p0 = turn_tiles((x0 * weights[0][:, None]).to(tl.float16), TWIN)
+            p1 = turn_tiles((x1 * weights[1][:, None]).to(tl.float16), TWIN)
+            v = planes(at + KBYTES, word + KBYTES // 4, dim, VB, 2 * DQ, TWIN)
             grown = ()
             for j in tl.static_range(DQ):
                 grown = grown + (tl.dot(v[DQ + j], p1, tl.dot(v[j], p0, acc[j] * shrink[None, :])),)
@@ -318,7 +376,7 @@ def coded_part(
     g = tl.arange(0, N)
     q = ()
     for j in tl.static_range(DQ):
-        q = q + (tl.load(TURNED + g[None, :] * D + (j * 32 + i)[:, None]),)
+        q = q + (as_operand(tl.load(TURNED + g[None, :] * D + (j * 32 + token_of(i))[:, None]), TWIN),)
     top = tl.full([N], EMPTY, tl.float32)
     total = tl.zeros([32, N], tl.float32)
     acc = ()
@@ -359,7 +417,8 @@ def coded_part(
 
 @triton.jit
 def decode(
-    Q, TURNED, BYTES, WORDS, TABLE, HELD, BIAS, SEEN, ITEMS, MASK, ROWS, POS, EXACT_K, EXACT_V, OUT, LSE,
+    Q, TURNED, SIGNS, SYLVESTER, BYTES, WORDS, TABLE, HELD, BIAS, SEEN, ITEMS, MASK, ROWS, POS, EXACT_K, EXACT_V,
+    OUT, LSE,
     start, columns, qscale, q_row, q_head, mask_row, H, NS, NP, PROGRAMS, ROWS_HEADS,
     G: constexpr, D: constexpr, N: constexpr, KBITS: constexpr, VBITS: constexpr, KSTEPS: constexpr, VSTEPS: constexpr,
     WEIGHTS: constexpr, TWIN: constexpr,
@@ -369,8 +428,9 @@ def decode(
 ):  # fmt: skip
     """One part of one row and kv head: a run of coded pages, or exact tokens.
 
-    Grid: (PROGRAMS + B * H * EXACT,). Shapes: ``TABLE`` int32[B, H, NP], ``EXACT_K`` / ``EXACT_V`` [B, H, SINK + RING,
-    D] -> ``OUT`` float16[grid, N, D], normalised, coded parts still turned; ``LSE`` float32[grid, N].
+    Grid: (PROGRAMS + B * H * EXACT,). Shapes: ``SYLVESTER`` float16[32, 32], a quarter of Sylvester's matrix, ``TABLE``
+    int32[B, H, NP], ``EXACT_K`` / ``EXACT_V`` [B, H, SINK + RING, D] -> ``OUT`` float16[grid, N, D], normalised and
+    turned back but for the signs, which exact parts are given; ``LSE`` float32[grid, N].
     """
     if PDL:
         gdc_launch_dependents()
@@ -403,6 +463,15 @@ def decode(
             part, parts, begin, spans, first, base, NS, NP, D, N, KBITS, VBITS, KSTEPS, VSTEPS, WEIGHTS, SPAN, TWIN,
             ROLLING, MASKED, KEPT, STAGES,
         )  # fmt: skip
+        weight = tl.maximum(tl.sum(total, 0), 1e-30)
+        normal = ()
+        for j in tl.static_range(DQ):
+            normal = normal + (acc[j] * (VSTEPS[0] * 4 * D**-0.5 / weight)[None, :],)
+        normal = across(normal, DQ)
+        inner = tl.load(SYLVESTER + token_of(i)[:, None] * 32 + i[None, :])
+        acc = ()
+        for j in tl.static_range(DQ):
+            acc = acc + (tl.dot(inner, turn_tiles(normal[j].to(tl.float16), TWIN)),)
     else:
         slots = bh.to(tl.int64) * ((SINK + RING) * D)
         top, total, acc = exact_part(
@@ -410,26 +479,15 @@ def decode(
             EXACT_K + slots, EXACT_V + slots, part, begin, spans, first, base, held, columns, qscale, q_head,
             G, D, N, SPAN, SINK, RING, MASKED, IEEE,
         )  # fmt: skip
-    weight = tl.sum(total, 0)
-    inverse = tl.where(coded, VSTEPS[0], 1.0) / tl.maximum(weight, 1e-30)
+        weight = tl.maximum(tl.sum(total, 0), 1e-30)
+        normal = ()
+        for j in tl.static_range(DQ):
+            normal = normal + (acc[j] * (1.0 / weight)[None, :] * tl.load(SIGNS + j * 32 + i)[:, None],)
+        acc = normal
     at = program * N + g
     for j in tl.static_range(DQ):
-        tl.store(OUT + at[None, :] * D + (j * 32 + i)[:, None], (acc[j] * inverse[None, :]).to(tl.float16))
-    tl.store(LSE + at, top + tl.log2(tl.maximum(weight, 1e-30)))
-
-
-@triton.jit
-def merge(PARTIAL, LSE, program, there, is_coded, top, weight, coded, exact, g, D: constexpr, N: constexpr):
-    """Fold the parts of some programs into one query head's sums. Shapes: ``program`` int32[BLOCK]."""
-    at = program * N + g
-    lse = tl.load(LSE + at, mask=there, other=HIDDEN)
-    part = tl.load(PARTIAL + at[:, None] * D + tl.arange(0, D)[None, :], mask=there[:, None], other=0.0).to(tl.float32)
-    new = tl.maximum(top, tl.max(lse, 0))
-    shrink = tl.exp2(top - new)
-    scale = tl.exp2(lse - new)
-    coded = coded * shrink + tl.sum(tl.where(is_coded, scale, 0.0)[:, None] * part, 0)
-    exact = exact * shrink + tl.sum(tl.where(is_coded, 0.0, scale)[:, None] * part, 0)
-    return new, weight * shrink + tl.sum(scale, 0), coded, exact
+        tl.store(OUT + at[None, :] * D + (j * 32 + i)[:, None], acc[j].to(tl.float16))
+    tl.store(LSE + at, top + tl.log2(weight))
 
 
 @triton.jit
@@ -439,50 +497,47 @@ def combine(
     G: constexpr, D: constexpr, N: constexpr, SINK: constexpr, EXACT: constexpr, BLOCK: constexpr,
     HAS_POS: constexpr, HAS_START: constexpr, ROLLING: constexpr, MASKED: constexpr, LISTED: constexpr, PDL: constexpr,
 ):  # fmt: skip
-    """Parts and the new token into the output of one query head.
+    """Parts and the new token into 32 dims of the output of one query head.
 
-    Grid: (G, B * H). Shapes: ``K`` / ``V`` [B, H, 1, D] -> ``OUT`` [B, H * G, 1, D], contiguous.
+    Grid: (D / 32 * G, B * H), one warp each: all parts are asked for at once, and nothing waits for another warp.
+    Shapes: ``K`` / ``V`` [B, H, 1, D] -> ``OUT`` [B, H * G, 1, D], contiguous.
     """
-    g = tl.program_id(0)
+    g = tl.program_id(0) // (D // 32)
+    d = tl.program_id(0) % (D // 32) * 32 + tl.arange(0, 32)
     bh = tl.program_id(1)
     b = bh // H
     h = bh % H
-    d = tl.arange(0, D)
-    p = tl.arange(0, BLOCK)
+    all_dims = tl.arange(0, D)
     begin, _, first, base, _ = place(ROWS, POS, b, start, HAS_POS, HAS_START, ROLLING, SINK)
-    q = tl.load(Q + b * q_row + (h * G + g) * q_head + d).to(tl.float32)
-    k = tl.load(K + b * k_row + h * k_head + d).to(tl.float32)
-    v = tl.load(V + b * v_row + h * v_head + d).to(tl.float32)
+    q = tl.load(Q + b * q_row + (h * G + g) * q_head + all_dims).to(tl.float32)
+    k = tl.load(K + b * k_row + h * k_head + all_dims).to(tl.float32)
+    signs = tl.load(SIGNS + d)
     own = tl.sum(q * k, 0) * qscale
     if MASKED:
         own = tl.where(tl.load(MASK + b.to(tl.int64) * mask_row + first - base) != 0, own, HIDDEN)
     top = tl.maximum(own, EMPTY)
     weight = tl.exp2(own - top)
-    exact = weight * v
-    coded = tl.zeros([D], tl.float32)
+    out = weight * (tl.load(V + b * v_row + h * v_head + d).to(tl.float32) * signs)
+    fault = (tl.load(ROWS + b * WIDTH + FROZEN) == FAULT) & (first > begin - SINK)  # unless it begins anew
     if LISTED:
         program = tl.load(FIRST + bh)
         parts = tl.load(FIRST + bh + 1) - program
     else:
         parts = PROGRAMS // ROWS_HEADS
         program = bh * parts
+    tail = PROGRAMS + bh * EXACT - parts
     if PDL:
         gdc_wait()
-    tail = PROGRAMS + bh * EXACT - parts
-    if LISTED:  # a row with most of the tokens has most of the programs
-        for at in tl.range(0, parts + EXACT, BLOCK):
-            i = at + p
-            where = tl.where(i < parts, program, tail) + i
-            top, weight, coded, exact = merge(
-                PARTIAL, LSE, where, i < parts + EXACT, i < parts, top, weight, coded, exact, g, D, N
-            )
-    else:
-        where = tl.where(p < parts, program, tail) + p
-        top, weight, coded, exact = merge(
-            PARTIAL, LSE, where, p < parts + EXACT, p < parts, top, weight, coded, exact, g, D, N
-        )
-    turned = tl.reshape(hadamard(tl.reshape(coded, (1, D)), 1, D), (D,)) * (D**-0.5) * tl.load(SIGNS + d)
-    out = (exact + turned) / tl.maximum(weight, 1e-30)
-    fault = (tl.load(ROWS + b * WIDTH + FROZEN) == FAULT) & (first > begin - SINK)  # unless it begins anew
-    out = tl.where(fault, float("nan"), out)
+    for begins in tl.range(0, parts + EXACT, BLOCK):  # once, but for a row that has most of the tokens
+        i = begins + tl.arange(0, BLOCK)
+        at = (tl.where(i < parts, program, tail) + i) * N + g
+        lse = tl.load(LSE + at, mask=i < parts + EXACT, other=HIDDEN)
+        part = tl.load(PARTIAL + at[:, None] * D + d[None, :], mask=(i < parts + EXACT)[:, None], other=0.0)
+        new = tl.maximum(top, tl.max(lse, 0))
+        shrink = tl.exp2(top - new)
+        scale = tl.exp2(lse - new)
+        top = new
+        weight = weight * shrink + tl.sum(scale, 0)
+        out = out * shrink + tl.sum(scale[:, None] * part.to(tl.float32), 0)
+    out = tl.where(fault, float("nan"), out * signs / tl.maximum(weight, 1e-30))
     tl.store(OUT + (bh * G + g) * D + d, out.to(OUT.dtype.element_ty))

@@ -34,6 +34,8 @@ REGISTERS = 168
 """Of a thread of ``decode``, so that as many fit; the twin, which decodes in arithmetic, takes more warps instead."""
 PASSES = 2
 """Passes over the codes at most, for more query heads than one product holds."""
+LEAST = 2
+"""Pages of a part, but for the last."""
 SLICES = 128
 """Parts that ``combine`` merges at once; more slow it."""
 MOST = 1 << 15
@@ -101,7 +103,7 @@ def attend(
     # Rows and heads that hold as much as each other are divided as they are; others by a list, made on the device. Its
     # parts are merged in rounds, which a long window needs too.
     listed = layout.kept or b > 1 or exact >= SLICES
-    programs = min(OCCUPANCY * processors(device), b * h * (pages // 2), MOST)
+    programs = min(OCCUPANCY * processors(device), b * h * (pages // LEAST), MOST)
     if exact < SLICES:
         programs = min(programs, b * h * (SLICES - exact))
     programs = max(b * h, programs if listed else programs - programs % (b * h))
@@ -129,20 +131,20 @@ def attend(
         q, state.pair_scale, signs, state.anchors, state.span_scales, state.rows, state.held, where, shown, turned,
         bias, seen, items, begins, *numbers, mask_row, h, spans, pages, programs, b * h,
         SPAN=layout.span, CHUNK=CHUNK, ALL=triton.next_power_of_2(b * h),
-        WEIGHTS=menu["WEIGHTS"], KEPT=layout.kept, num_warps=4, **flags,
+        WEIGHTS=menu["WEIGHTS"], KEPT=layout.kept, TWIN=twin, num_warps=4, **flags,
     )  # fmt: skip
     decode[(slices,)](
-        q, turned, state.arena, state.arena.view(torch.int32), state.table, state.held, bias, seen, items, shown,
+        q, turned, signs, sylvester(device), state.arena, state.arena.view(torch.int32), state.table, state.held, bias, seen, items, shown,
         state.rows, where, state.exact_k, state.exact_v, partial, lse, *numbers, mask_row, h, spans, pages, programs,
         b * h, TWIN=twin, SPAN=layout.span, RING=layout.ring, EXACT=exact, STAGES=3, IEEE=q.dtype == torch.float32,
         PDL=depends, KEPT=layout.kept, num_stages=3, maxnreg=None if twin else REGISTERS,
         num_warps=(2 if d == 256 else 1) * (4 if twin else 1), **menu, **flags,
     )  # fmt: skip
-    combine[(g, b * h)](
+    block = min(SLICES, triton.next_power_of_2(triton.cdiv(slices, b * h)))
+    combine[(d // tiles.EDGE * g, b * h)](
         partial, lse, begins, q, k, v, signs, state.rows, where, shown, out, *numbers,
         k.stride(0), k.stride(1), v.stride(0), v.stride(1), mask_row, h, programs, b * h,
-        EXACT=exact, BLOCK=min(SLICES, triton.next_power_of_2(slices // (b * h))), PDL=depends, launch_pdl=depends,
-        num_warps=4, **flags,
+        EXACT=exact, BLOCK=block, PDL=depends, launch_pdl=depends, num_warps=max(1, block // 64), **flags,
     )  # fmt: skip
     return out
 
@@ -238,6 +240,14 @@ def converts(device: torch.device) -> bool:
 def _depends(device: torch.device) -> bool:
     """Whether the device has programmatic dependent launch."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@lru_cache(None)
+def sylvester(device: torch.device) -> Tensor:
+    """A quarter of Sylvester's matrix: what is turned back keeps its size. Shapes: -> float16[32, 32]."""
+    i = torch.arange(tiles.EDGE, device=device)
+    bits = (i[:, None, None] & i[None, :, None]) >> torch.arange(5, device=device)
+    return (0.25 - 0.5 * ((bits & 1).sum(-1) & 1)).half()
 
 
 @lru_cache(None)

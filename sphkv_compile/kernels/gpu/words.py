@@ -66,15 +66,25 @@ def assembly(bits: int) -> str:
     return "{\n" + "\n".join(lines) + "\n}"
 
 
+def _kept(register: str, word: str) -> list[str]:
+    """A constant that stays in one register of a loop. A permute takes one immediate; a second constant that the
+    assembler knows it would copy before every permute. That a thread's own lane mask has one bit, it does not know."""
+    return [
+        f"mov.u32 {register}, %lanemask_eq; popc.b32 {register}, {register};",
+        f"add.u32 {register}, {register}, {hex(int(word, 16) - 1)};",
+    ]
+
+
 def _assembly4() -> list[str]:
     table = byte_table(4)[0]
     low, high = _word(table[:4]), _word(table[4:])
     return [
-        ".reg .b32 m, n, s, t, u;",
+        ".reg .b32 m, n, s, t, u, kept;",
+        *_kept("kept", low),
         "and.b32 m, $4, 0x77777777;",
         _high("n", "m"),
-        f"prmt.b32 t, {low}, {high}, m;",
-        f"prmt.b32 u, {low}, {high}, n;",
+        f"prmt.b32 t, kept, {high}, m;",
+        f"prmt.b32 u, kept, {high}, n;",
         "shl.b32 s, $4, 4;",
         "lop3.b32 t, t, $4, 0x80808080, 0xF8;",
         "lop3.b32 u, u, s, 0x80808080, 0xF8;",
@@ -86,14 +96,15 @@ def _assembly4() -> list[str]:
 def _assembly2() -> list[str]:
     table = _word(signed_table(2))
     lines = [
-        ".reg .b32 m, n, v, t;",
+        ".reg .b32 m, n, v, t, kept;",
+        *_kept("kept", table),
         "and.b32 m, $8, 0x33333333;",
         "shr.u32 v, $8, 2;",
         "and.b32 v, v, 0x33333333;",
     ]
     for i, source in enumerate(("m", "v")):
-        lines += [f"prmt.b32 t, {table}, 0, {source};", _convert("t", 4 * i)]
-        lines += [_high("n", source), f"prmt.b32 t, {table}, 0, n;", _convert("t", 4 * i + 2)]
+        lines += [f"prmt.b32 t, kept, 0, {source};", _convert("t", 4 * i)]
+        lines += [_high("n", source), "prmt.b32 t, kept, 0, n;", _convert("t", 4 * i + 2)]
     return lines
 
 
@@ -103,14 +114,14 @@ def _assembly3() -> list[str]:
 
     def pair(first: int) -> list[str]:
         return [
-            f"prmt.b32 t, {low}, {high}, m;",
+            f"prmt.b32 t, kept, {high}, m;",
             _convert("t", first),
             _high("n", "m"),
-            f"prmt.b32 t, {low}, {high}, n;",
+            f"prmt.b32 t, kept, {high}, n;",
             _convert("t", first + 2),
         ]
 
-    lines = [".reg .b32 m, n, s, t;"]
+    lines = [".reg .b32 m, n, s, t, kept;", *_kept("kept", low)]
     for tile in range(3):
         lines += [f"and.b32 m, ${16 + tile}, 0x77777777;", *pair(4 * tile)]
     lines += [
@@ -264,11 +275,12 @@ def elements(at, BITS: constexpr, TWIN: constexpr):
 
 
 @triton.jit
-def planes(BYTES, WORDS, BITS: constexpr, PLANES: constexpr, TWIN: constexpr):
+def planes(BYTES, WORDS, row, BITS: constexpr, PLANES: constexpr, TWIN: constexpr):
     """The planes of one operand of a page.
 
     Args:
         BYTES, WORDS: its first byte, as pointers to uint8 and to int32.
+        row: of a plane that comes first, second, ...; int32[32].
         PLANES: 64 * D / 1024.
         TWIN: whether to decode without assembly.
 
@@ -276,14 +288,13 @@ def planes(BYTES, WORDS, BITS: constexpr, PLANES: constexpr, TWIN: constexpr):
     """
     GROUP: constexpr = 8 if BITS == 3 else 8 // BITS
     TILES: constexpr = GROUP * BITS // 8
-    row = tl.arange(0, 32)
     out = ()
     if TWIN:
         place = (row * 8)[:, None] + tl.arange(0, 8)[None, :]
         for i in tl.static_range(PLANES // GROUP):
             out = out + _twin_planes(WORDS + i * (TILES * 256) + place, BITS, GROUP)
     else:
-        place = (row * 32)[:, None] + row[None, :]
+        place = (row * 32)[:, None] + tl.arange(0, 32)[None, :]
         for i in tl.static_range(PLANES // GROUP):
             out = out + _assembly_planes(BYTES + i * (TILES * 1024) + place, BITS)
     return out
@@ -302,3 +313,24 @@ def gather(at, TWIN: constexpr):
         return tl.inline_asm_elementwise(
             "ld.global.ca.b32 $0, [$1];", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
         )
+
+
+_INTEGERS = """{
+.reg .b32 t, low, high, most;
+mov.b32 most, 0x64806480;
+xor.b32 t, $2, 0x80808080;
+prmt.b32 low, t, 0x64646464, 0x4140;
+prmt.b32 high, t, 0x64646464, 0x4342;
+sub.rn.f16x2 $0, low, most;
+sub.rn.f16x2 $1, high, most;
+}"""
+INTEGERS = constexpr(_INTEGERS)
+
+
+@triton.jit
+def integers(x, TWIN: constexpr):
+    """int8 as float16, exactly: a byte below 1024's mantissa, less what that adds. Conversions run at a quarter's rate."""
+    if TWIN:
+        return x.to(tl.float16)
+    else:
+        return tl.inline_asm_elementwise(INTEGERS, "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4)
