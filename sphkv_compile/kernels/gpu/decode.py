@@ -1,11 +1,11 @@
-"""One decode step over tiled pages: prepare, decode in parts, combine.
+"""One decode step over tiled pages: decode in parts, combine.
 
-``prepare`` turns the queries into the keys' frame and takes their product with every span's anchor. ``decode`` reads
-the codes once: codes are the larger operand of every product, the query heads of one kv head the smaller, and no
-decoded value goes through memory. A row is cut into parts at run time, from the counters on the device, so a captured
-graph stays right while the cache grows. ``combine`` merges the parts and the new token by their log-sum-exp and turns
-the sum back. It is launched while ``decode`` still runs; ``decode`` only once ``prepare`` has ended, since parts are
-placed evenly on an empty device alone.
+``decode`` reads the codes once: codes are the larger operand of every product, the query heads of one kv head the
+smaller, and no decoded value goes through memory. A part turns the queries into the keys' frame and takes their product
+with the anchors of its spans; only where pages hold kept tokens, of any span, ``prepare`` takes all products before.
+Parts are cut at run time, from the counters on the device, so a captured graph stays right while the cache grows.
+``combine`` merges the parts and the new token by their log-sum-exp. It is launched while ``decode`` still runs;
+``decode`` only once ``prepare`` has ended, since parts are placed evenly on an empty device alone.
 
 All logits are in units of log 2: ``exp2`` is the native instruction.
 """
@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.language.core import constexpr
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sphkv_compile.kernels.gpu.words import gather, integers, planes
+from sphkv_compile.kernels.gpu.words import gather, gather_byte, integers, planes
 from sphkv_compile.storage import state
 
 LOG2E = 1.4426950408889634
@@ -70,66 +70,50 @@ def coded_range(begin, spans, first, base, NS, SPAN: constexpr):
 
 
 @triton.jit
-def divide(
-    ROWS, HELD, ITEMS, FIRST, bh, H, NP, PROGRAMS, ROWS_HEADS,
+def first_programs(
+    ROWS, HELD, H, NP, PROGRAMS, ROWS_HEADS,
     SPAN: constexpr, WEIGHTS: constexpr, ALL: constexpr, KEPT: constexpr,
 ):  # fmt: skip
-    """The list of work: as many of the programs for each row and kv head as it has of all bytes, and one more.
+    """Which programs a row and kv head has: as many as its share of all bytes, and one more.
 
     Args:
         WEIGHTS: of a page of each tier, narrowest first.
 
-    Shapes: ``HELD`` int32[B * H, tiers] -> ``ITEMS`` int64[PROGRAMS]: row and head, part, parts; ``FIRST``
-    int32[B * H + 1]: each one's first program.
+    Shapes: ``HELD`` int32[B * H, tiers] -> the first one's number int32[ALL], ascending; PROGRAMS behind the last row.
     """
     i = tl.arange(0, ALL)
     there = i < ROWS_HEADS
-    work = tl.zeros([ALL], tl.int64)
+    work = tl.zeros([ALL], tl.int32)
     if KEPT:
         TIERS: constexpr = len(WEIGHTS)
         for t in tl.static_range(TIERS):
-            work += tl.load(HELD + i * TIERS + TIERS - 1 - t, mask=there, other=0).to(tl.int64) * WEIGHTS[t]
+            work += tl.load(HELD + i * TIERS + TIERS - 1 - t, mask=there, other=0) * WEIGHTS[t]
     else:
-        spans = tl.load(ROWS + i // H * WIDTH + SPANS, mask=there, other=0)
+        spans = tl.load(ROWS + i // H * WIDTH + SPANS, mask=there, other=0).to(tl.int32)
         work += tl.minimum(tl.maximum(spans, 0) * (SPAN // 64), NP)
-    before = tl.sum(tl.where(i < bh, work, 0), 0)
-    after = before + tl.sum(tl.where(i == bh, work, 0), 0)
+    before = tl.cumsum(work, 0) - work
     total = tl.maximum(tl.sum(work, 0), 1)
-    first = before * (PROGRAMS - ROWS_HEADS) // total + bh
-    end = after * (PROGRAMS - ROWS_HEADS) // total + bh + 1
-    if bh == ROWS_HEADS - 1:  # also where there is no work at all
-        end = first * 0 + PROGRAMS
-        tl.store(FIRST + ROWS_HEADS, end.to(tl.int32))
-    tl.store(FIRST + bh, first.to(tl.int32))
-    for at in tl.range(first, end, 128):
-        program = at + tl.arange(0, 128)
-        item = (bh.to(tl.int64) << 32) | ((program - first) << 16) | (end - first)
-        tl.store(ITEMS + program, item, mask=program < end)
+    # in float32, which keeps the order: two programs that differ in rounding only would differ in nothing else
+    each = tl.div_rn((PROGRAMS - ROWS_HEADS).to(tl.float32), total.to(tl.float32))
+    return tl.where(there, (before.to(tl.float32) * each).to(tl.int32) + i, PROGRAMS)
 
 
 @triton.jit
 def prepare(
-    Q, SCALE, SIGNS, ANCHORS, STEPS, ROWS, HELD, POS, MASK, TURNED, BIAS, SEEN, ITEMS, FIRST,
-    start, columns, qscale, q_row, q_head, mask_row, H, NS, NP, PROGRAMS, ROWS_HEADS,
-    G: constexpr, D: constexpr, N: constexpr, SPAN: constexpr, SINK: constexpr, WEIGHTS: constexpr, ALL: constexpr,
-    HAS_POS: constexpr, HAS_START: constexpr, ROLLING: constexpr, MASKED: constexpr, LISTED: constexpr,
-    KEPT: constexpr, CHUNK: constexpr, TWIN: constexpr,
+    Q, SCALE, SIGNS, ANCHORS, STEPS, ROWS, BIAS,
+    qscale, q_row, q_head, H, NS,
+    G: constexpr, D: constexpr, N: constexpr, CHUNK: constexpr, TWIN: constexpr,
 ):  # fmt: skip
-    """q' = H(s q), its products with anchors, a bit per coded token that the mask shows, and the list of work.
+    """Products of the turned queries with every anchor, of which a page of kept tokens may need any.
 
     Grid: (ceil(spans / CHUNK), B * H). Shapes: ``Q`` [B, H * G, 1, D], ``SCALE`` float32[B, H, D], ``SIGNS``
-    float32[D], ``ANCHORS`` int8[B, H, NS, D], ``STEPS`` bfloat16[B, H, NS, 2], ``MASK`` uint8[B or 1, 1, 1, columns] ->
-    ``TURNED`` float16[B * H, N, D], ``BIAS`` float32[B * H, NS, N], ``SEEN`` int32[B, NP, 2], and :func:`divide`'s.
+    float32[D], ``ANCHORS`` int8[B, H, NS, D], ``STEPS`` bfloat16[B, H, NS, 2] -> ``BIAS`` float32[B * H, NS, N].
     """
     chunk = tl.program_id(0)
     bh = tl.program_id(1)
     b = bh // H
     h = bh % H
-    begin, spans, first, base, held = place(ROWS, POS, b, start, HAS_POS, HAS_START, ROLLING, SINK)
-    if LISTED:
-        if chunk == 0:
-            divide(ROWS, HELD, ITEMS, FIRST, bh, H, NP, PROGRAMS, ROWS_HEADS, SPAN, WEIGHTS, ALL, KEPT)
-    if (chunk == 0) | (chunk * CHUNK < spans):
+    if chunk * CHUNK < tl.load(ROWS + b * WIDTH + SPANS):
         d = tl.arange(0, D)
         g = tl.arange(0, N)
         s = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -140,26 +124,8 @@ def prepare(
         q = tl.load(Q + b * q_row + (h * G + g)[:, None] * q_head + d[None, :], mask=(g < G)[:, None], other=0.0)
         x = q.to(tl.float32) * (tl.load(SCALE + bh * D + d) * tl.load(SIGNS + d))[None, :]
         turned = (hadamard(x, N, D) * (qscale * D**-0.5)).to(tl.float16)
-        if chunk == 0:
-            tl.store(TURNED + (bh * N + g)[:, None] * D + d[None, :], turned)
         bias = tl.dot(integers(anchors, TWIN), tl.trans(turned)) * steps[:, None]
         tl.store(BIAS + (bh * NS + s)[:, None] * N + g[None, :], bias, mask=within[:, None])
-        if MASKED:
-            if h == 0:
-                PAGES: constexpr = CHUNK * SPAN // 64
-                low, stop = coded_range(begin, spans, first, base, NS, SPAN)
-                word = tl.arange(0, 2 * PAGES)
-                bit = tl.arange(0, 32)
-                slot = chunk * PAGES + word // 2
-                page = slot
-                if ROLLING:  # the last page before the end that lies in this slot
-                    page = slot + NP * ((stop - 1) // 64 // NP - tl.where(slot > (stop - 1) // 64 % NP, 1, 0))
-                token = (page * 64 + word % 2 * 32)[:, None] + bit[None, :]
-                column = begin + token - base
-                inside = (slot < NP)[:, None] & (token >= low) & (token < stop) & (column >= 0) & (column < columns)
-                seen = tl.load(MASK + b.to(tl.int64) * mask_row + column, mask=inside, other=0).to(tl.int32)
-                bits = tl.sum(seen << bit[None, :], 1)
-                tl.store(SEEN + (b * NP + slot) * 2 + word % 2, bits, mask=slot < NP)
 
 
 @triton.jit
@@ -240,19 +206,6 @@ def turn_tiles(p, TWIN: constexpr):
 
 
 @triton.jit
-def as_operand(x, TWIN: constexpr):
-    """A product's smaller operand, kept where it is taken: the compiler moves one that comes from memory in every
-    iteration anew, but not what another product has left, and :func:`turn_tiles` moves that at no cost.
-
-    Shapes: float16[32, 8], rows as :func:`token_of` -> float16[32, 8], rows in order.
-    """
-    if not TWIN:
-        nothing = tl.zeros([32, 16], tl.float16)
-        x = tl.dot(nothing, tl.zeros([16, 8], tl.float16), x.to(tl.float32)).to(tl.float16)
-    return turn_tiles(x, TWIN)
-
-
-@triton.jit
 def across(x, DQ: constexpr):
     """Sylvester's matrix of ``DQ`` times a head's groups of 32 dims, by butterflies."""
     LEVELS: constexpr = tl.constexpr(DQ.bit_length() - 1)
@@ -268,8 +221,87 @@ def across(x, DQ: constexpr):
 
 
 @triton.jit
+def groups(x, DQ: constexpr):
+    """Shapes: [32, N, DQ] -> DQ times [32, N]."""
+    if DQ == 2:
+        return tl.split(x)
+    else:
+        even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], DQ // 2, 2)))
+        even, odd = groups(even, DQ // 2), groups(odd, DQ // 2)
+        out = ()
+        for j in tl.static_range(DQ // 2):
+            out = out + (even[j], odd[j])
+        return out
+
+
+@triton.jit
+def turned_queries(
+    Q, SCALE, SIGNS, SYLVESTER, factor, q_head,
+    G: constexpr, D: constexpr, N: constexpr, TWIN: constexpr,
+):  # fmt: skip
+    """The query heads of one kv head in the keys' frame, as the smaller operand of products.
+
+    A product turns them, which also keeps them where the next ones take them: what comes from memory the compiler would
+    move there anew for every page.
+
+    Shapes: ``Q`` [G, D], ``SCALE`` float32[D] -> D / 32 times float16[32, N].
+    """
+    DQ: constexpr = D // 32
+    i = tl.arange(0, 32)
+    g = tl.arange(0, N)
+    # all groups of 32 dims by one load: several would each wait for memory and for the one before
+    d = i[:, None, None] + tl.arange(0, DQ)[None, None, :] * 32
+    q = tl.load(Q + g[None, :, None] * q_head + d, mask=(g < G)[None, :, None], other=0.0)
+    x = groups(q.to(tl.float32) * (tl.load(SCALE + d) * tl.load(SIGNS + d)), DQ)
+    inner = tl.load(SYLVESTER + token_of(i)[:, None] * 32 + i[None, :])
+    x = across(x, DQ)
+    out = ()
+    for j in tl.static_range(DQ):
+        high = x[j].to(tl.float16)  # float16 and what it leaves: the turn itself loses nothing
+        rest = (x[j] - high.to(tl.float32)).to(tl.float16)
+        turned = tl.dot(inner, rest, tl.dot(inner, high)) * (factor * 4 * D**-0.5)
+        out = out + (turn_tiles(turned.to(tl.float16), TWIN),)
+    return out
+
+
+@triton.jit
+def anchor_products(
+    q, ANCHORS, STEPS, BIAS, page, end, NS,
+    D: constexpr, N: constexpr, SPAN: constexpr, ROLLING: constexpr, TWIN: constexpr,
+):  # fmt: skip
+    """Products of turned queries with the anchors of the spans of some pages, for this program to read.
+
+    Other programs write the same to the spans that they share. Shapes: ``ANCHORS`` int8[NS, D], ``STEPS``
+    bfloat16[NS, 2] -> ``BIAS`` float32[NS, N].
+    """
+    PER_SPAN: constexpr = SPAN // 64
+    DQ: constexpr = D // 32
+    i = tl.arange(0, 32)
+    g = tl.arange(0, N)
+    for at in tl.range(page // PER_SPAN, (end + PER_SPAN - 1) // PER_SPAN, 16, num_stages=1):
+        s = at + tl.arange(0, 16)
+        within = s < (end + PER_SPAN - 1) // PER_SPAN
+        if ROLLING:
+            s = s % NS
+        steps = tl.load(STEPS + s * 2, mask=within, other=0.0).to(tl.float32)
+        d = i[None, :, None] + tl.arange(0, DQ)[None, None, :] * 32
+        anchors = groups(tl.load(ANCHORS + s[:, None, None] * D + d, mask=within[:, None, None], other=0), DQ)
+        bias = tl.zeros([16, N], tl.float32)
+        for j in tl.static_range(DQ):
+            bias = tl.dot(integers(anchors[j], TWIN), q[j], bias)
+        tl.store(BIAS + s[:, None] * N + g[None, :], bias * steps[:, None], mask=within[:, None])
+    tl.debug_barrier()
+
+
+@triton.jit
+def shown(MASK, column, inside, columns):
+    """Whether a mask shows columns; it shows none where ``inside`` is false. Shapes: int32[n], bool[n] -> bool[n]."""
+    return tl.load(MASK + column, mask=inside & (column >= 0) & (column < columns), other=0) != 0
+
+
+@triton.jit
 def pages(
-    q, top, total, acc, BYTES, WORDS, TABLE, BIAS, SEEN, page, end, low, stop, begin, NS, NP,
+    q, top, total, acc, BYTES, WORDS, TABLE, BIAS, MASK, page, end, low, stop, begin, base, columns, NP,
     D: constexpr, N: constexpr, KB: constexpr, VB: constexpr, KSTEP: constexpr, RATIO: constexpr, SPAN: constexpr,
     TWIN: constexpr, ROLLING: constexpr, MASKED: constexpr, KEPT: constexpr, STAGES: constexpr,
 ):  # fmt: skip
@@ -288,8 +320,6 @@ def pages(
         unit = tl.load(TABLE + slot)
         if not KEPT:
             bias = tl.load(BIAS + slot // PER_SPAN * N + g)
-            if MASKED:
-                bits = (tl.load(SEEN + slot * 2), tl.load(SEEN + slot * 2 + 1))
         for t in tl.range(page, end, num_stages=STAGES):
             # what the next page needs is fetched one page ahead: its address must not wait for memory
             ahead = tl.minimum(t + 1, end - 1)
@@ -300,6 +330,11 @@ def pages(
                 bias_ahead = tl.load(BIAS + ahead // PER_SPAN * N + g)
             at = BYTES + unit.to(tl.int64) * 64
             word = WORDS + unit.to(tl.int64) * 16
+            if MASKED and not KEPT:
+                token = t * 64 + i
+                seen0 = shown(MASK, begin - base + token, (token >= low) & (token < stop), columns)
+                token += 32
+                seen1 = shown(MASK, begin - base + token, (token >= low) & (token < stop), columns)
             k = planes(at, word, i, KB, 2 * DQ, TWIN)
             meta = word + (KBYTES + VBYTES) // 4
             x = ()
@@ -311,17 +346,17 @@ def pages(
                     logits = tl.dot(k[half * DQ + j], q[j], logits)
                 if KEPT:  # any tokens in any order: each says where it stood, and so which anchor is its own
                     token = tl.load(meta + 64 + half * 32 + i) - begin
-                    seen = (token >= low) & (token < stop)
-                    if MASKED:  # an empty slot has a negative position
-                        seen = token >= 0
-                    stood = tl.where(seen, token, 0).to(tl.uint32)  # unsigned: its quotients are shifts
+                    seen = (token >= low) & (token < stop)  # an empty slot has a negative position
+                    stood = tl.where(seen, token, 0).to(tl.uint32)  # unsigned: its quotient is a shift
                     if MASKED:
-                        seen = seen & (((gather(SEEN + stood // 32, TWIN) >> (stood % 32).to(tl.int32)) & 1) == 1)
+                        column = begin - base + token
+                        seen = seen & (column >= 0) & (column < columns)
+                        seen = seen & (gather_byte(MASK + tl.where(seen, column, 0), TWIN) != 0)
                     own = gather(BIAS + (stood // SPAN * N)[:, None] + g[None, :], TWIN).to(tl.float32, bitcast=True)
                 else:
                     own = bias[None, :]
                     if MASKED:
-                        seen = ((bits[half] >> i) & 1) == 1
+                        seen = seen1 if half else seen0
                 logits = logits * (low_half(both) * KSTEP)[:, None] + own
                 if KEPT or MASKED:
                     logits = tl.where(seen[:, None], logits, HIDDEN)
@@ -336,8 +371,6 @@ def pages(
                     x0 = tl.where(((token >= low) & (token < stop))[:, None], x[0], HIDDEN)
                     x1 = tl.where(((token + 32 >= low) & (token + 32 < stop))[:, None], x[1], HIDDEN)
                     x = (x0, x1)
-            if MASKED and not KEPT:
-                bits = (tl.load(SEEN + ahead * 2), tl.load(SEEN + ahead * 2 + 1))
             new = tl.maximum(top, tl.max(tl.maximum(x[0], x[1]), 0))
             shrink = tl.exp2(top - new)
             top = new
@@ -365,18 +398,13 @@ def pages_done(work, offset, count, weight):
 
 @triton.jit
 def coded_part(
-    TURNED, BYTES, WORDS, TABLE, HELD, BIAS, SEEN, part, parts, begin, spans, first, base, NS, NP,
+    q, ANCHORS, STEPS, BYTES, WORDS, TABLE, HELD, BIAS, MASK, part, parts, begin, spans, first, base, columns, NS, NP,
     D: constexpr, N: constexpr, KBITS: constexpr, VBITS: constexpr, KSTEPS: constexpr, VSTEPS: constexpr,
     WEIGHTS: constexpr, SPAN: constexpr, TWIN: constexpr, ROLLING: constexpr, MASKED: constexpr, KEPT: constexpr,
     STAGES: constexpr,
 ):  # fmt: skip
     """One of ``parts`` equal parts of a row's coded pages."""
     DQ: constexpr = D // 32
-    i = tl.arange(0, 32)
-    g = tl.arange(0, N)
-    q = ()
-    for j in tl.static_range(DQ):
-        q = q + (as_operand(tl.load(TURNED + g[None, :] * D + (j * 32 + token_of(i))[:, None]), TWIN),)
     top = tl.full([N], EMPTY, tl.float32)
     total = tl.zeros([32, N], tl.float32)
     acc = ()
@@ -395,9 +423,9 @@ def coded_part(
         for t in tl.static_range(NT):
             count = tl.load(HELD + NT - 1 - t)
             top, total, acc = pages(
-                q, top, total, acc, BYTES, WORDS, TABLE, BIAS, SEEN,
+                q, top, total, acc, BYTES, WORDS, TABLE, BIAS, MASK,
                 slot + pages_done(mine, offset, count, WEIGHTS[t]), slot + pages_done(after, offset, count, WEIGHTS[t]),
-                low, stop, begin, NS, NP, D, N, KBITS[t], VBITS[t], KSTEPS[t], VSTEPS[t] / VSTEPS[0], SPAN,
+                low, stop, begin, base, columns, NP, D, N, KBITS[t], VBITS[t], KSTEPS[t], VSTEPS[t] / VSTEPS[0], SPAN,
                 TWIN, ROLLING, MASKED, KEPT, STAGES,
             )  # fmt: skip
             offset += count * WEIGHTS[t]
@@ -408,8 +436,9 @@ def coded_part(
         each = (end_page - begin_page + parts - 1) // parts
         page = begin_page + part * each
         end = tl.minimum(page + each, end_page)
+        anchor_products(q, ANCHORS, STEPS, BIAS, page, end, NS, D, N, SPAN, ROLLING, TWIN)
         top, total, acc = pages(
-            q, top, total, acc, BYTES, WORDS, TABLE, BIAS, SEEN, page, end, low, stop, begin, NS, NP,
+            q, top, total, acc, BYTES, WORDS, TABLE, BIAS, MASK, page, end, low, stop, begin, base, columns, NP,
             D, N, KBITS[0], VBITS[0], KSTEPS[0], 1.0, SPAN, TWIN, ROLLING, MASKED, KEPT, STAGES,
         )  # fmt: skip
     return top, total, acc
@@ -417,11 +446,11 @@ def coded_part(
 
 @triton.jit
 def decode(
-    Q, TURNED, SIGNS, SYLVESTER, BYTES, WORDS, TABLE, HELD, BIAS, SEEN, ITEMS, MASK, ROWS, POS, EXACT_K, EXACT_V,
+    Q, SCALE, SIGNS, SYLVESTER, ANCHORS, STEPS, BYTES, WORDS, TABLE, HELD, BIAS, MASK, ROWS, POS, EXACT_K, EXACT_V,
     OUT, LSE,
     start, columns, qscale, q_row, q_head, mask_row, H, NS, NP, PROGRAMS, ROWS_HEADS,
     G: constexpr, D: constexpr, N: constexpr, KBITS: constexpr, VBITS: constexpr, KSTEPS: constexpr, VSTEPS: constexpr,
-    WEIGHTS: constexpr, TWIN: constexpr,
+    WEIGHTS: constexpr, TWIN: constexpr, ALL: constexpr,
     SPAN: constexpr, SINK: constexpr, RING: constexpr, EXACT: constexpr,
     HAS_POS: constexpr, HAS_START: constexpr, ROLLING: constexpr, MASKED: constexpr, LISTED: constexpr,
     KEPT: constexpr, STAGES: constexpr, IEEE: constexpr, PDL: constexpr,
@@ -439,10 +468,11 @@ def decode(
     coded = program < PROGRAMS
     if coded:
         if LISTED:
-            item = tl.load(ITEMS + program)
-            bh = (item >> 32).to(tl.int32)
-            part = ((item >> 16) & 0xFFFF).to(tl.int32)
-            parts = (item & 0xFFFF).to(tl.int32)
+            firsts = first_programs(ROWS, HELD, H, NP, PROGRAMS, ROWS_HEADS, SPAN, WEIGHTS, ALL, KEPT)
+            before = firsts <= program
+            bh = tl.sum(before.to(tl.int32), 0) - 1
+            part = program - tl.max(tl.where(before, firsts, 0), 0)
+            parts = part + tl.min(tl.where(before, PROGRAMS, firsts), 0) - program
         else:
             parts = PROGRAMS // ROWS_HEADS
             bh = program // parts
@@ -458,10 +488,13 @@ def decode(
     begin, spans, first, base, held = place(ROWS, POS, b, start, HAS_POS, HAS_START, ROLLING, SINK)
     if coded:
         NT: constexpr = len(KBITS)
+        at_query = Q + b * q_row + bh % H * G * q_head
+        turned = turned_queries(at_query, SCALE + bh * D, SIGNS, SYLVESTER, qscale, q_head, G, D, N, TWIN)
+        own = bh.to(tl.int64) * NS
         top, total, acc = coded_part(
-            TURNED + bh * N * D, BYTES, WORDS, TABLE + bh * NP, HELD + bh * NT, BIAS + bh * NS * N, SEEN + b * NP * 2,
-            part, parts, begin, spans, first, base, NS, NP, D, N, KBITS, VBITS, KSTEPS, VSTEPS, WEIGHTS, SPAN, TWIN,
-            ROLLING, MASKED, KEPT, STAGES,
+            turned, ANCHORS + own * D, STEPS + own * 2, BYTES, WORDS, TABLE + bh * NP, HELD + bh * NT, BIAS + own * N,
+            MASK + b.to(tl.int64) * mask_row, part, parts, begin, spans, first, base, columns, NS, NP, D, N,
+            KBITS, VBITS, KSTEPS, VSTEPS, WEIGHTS, SPAN, TWIN, ROLLING, MASKED, KEPT, STAGES,
         )  # fmt: skip
         weight = tl.maximum(tl.sum(total, 0), 1e-30)
         normal = ()
@@ -492,9 +525,10 @@ def decode(
 
 @triton.jit
 def combine(
-    PARTIAL, LSE, FIRST, Q, K, V, SIGNS, ROWS, POS, MASK, OUT,
-    start, columns, qscale, q_row, q_head, k_row, k_head, v_row, v_head, mask_row, H, PROGRAMS, ROWS_HEADS,
-    G: constexpr, D: constexpr, N: constexpr, SINK: constexpr, EXACT: constexpr, BLOCK: constexpr,
+    PARTIAL, LSE, HELD, Q, K, V, SIGNS, ROWS, POS, MASK, OUT,
+    start, columns, qscale, q_row, q_head, k_row, k_head, v_row, v_head, mask_row, H, NP, PROGRAMS, ROWS_HEADS,
+    G: constexpr, D: constexpr, N: constexpr, SPAN: constexpr, SINK: constexpr, EXACT: constexpr, BLOCK: constexpr,
+    WEIGHTS: constexpr, ALL: constexpr, KEPT: constexpr,
     HAS_POS: constexpr, HAS_START: constexpr, ROLLING: constexpr, MASKED: constexpr, LISTED: constexpr, PDL: constexpr,
 ):  # fmt: skip
     """Parts and the new token into 32 dims of the output of one query head.
@@ -520,8 +554,10 @@ def combine(
     out = weight * (tl.load(V + b * v_row + h * v_head + d).to(tl.float32) * signs)
     fault = (tl.load(ROWS + b * WIDTH + FROZEN) == FAULT) & (first > begin - SINK)  # unless it begins anew
     if LISTED:
-        program = tl.load(FIRST + bh)
-        parts = tl.load(FIRST + bh + 1) - program
+        firsts = first_programs(ROWS, HELD, H, NP, PROGRAMS, ROWS_HEADS, SPAN, WEIGHTS, ALL, KEPT)
+        after = tl.arange(0, ALL) > bh
+        program = tl.max(tl.where(after, 0, firsts), 0)
+        parts = tl.min(tl.where(after, firsts, PROGRAMS), 0) - program
     else:
         parts = PROGRAMS // ROWS_HEADS
         program = bh * parts

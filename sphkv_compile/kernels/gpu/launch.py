@@ -1,9 +1,9 @@
 """Launches the decode step's kernels on a state's memory, without a read from the device.
 
-These launches stand behind custom operators, not behind Inductor's TritonTemplate: an attention is three kernels that
-share a list of work made on the device, the last of them launched while the one before it still runs, and an append
-writes a dozen tensors of state, where a template is one kernel with one output. The two were not measured beside each
-other; in a CUDA graph neither costs the host anything.
+These launches stand behind custom operators, not behind Inductor's TritonTemplate: an attention is two or three kernels,
+the last of them launched while the one before it still runs, and an append writes a dozen tensors of state, where a
+template is one kernel with one output. The two were not measured beside each other; in a CUDA graph neither costs the
+host anything.
 """
 
 from __future__ import annotations
@@ -38,8 +38,6 @@ LEAST = 2
 """Pages of a part, but for the last."""
 SLICES = 128
 """Parts that ``combine`` merges at once; more slow it."""
-MOST = 1 << 15
-"""Parts of all rows: a part's number has sixteen bits in the list of work."""
 
 
 def layout_served(spec: CacheSpec, k_dim: int, v_dim: int) -> bool:
@@ -100,21 +98,18 @@ def attend(
         outs = [attend(state, layout, x, k, v, pos, start, columns, mask, scale, rolling) for x in parts]
         return torch.cat([x.view(b, h, -1, d) for x in outs], 2).view(b, hq, 1, d)
     exact = triton.cdiv(layout.sink + layout.ring, tiles.EDGE)
-    # Rows and heads that hold as much as each other are divided as they are; others by a list, made on the device. Its
+    # Rows and heads that hold as much as each other are divided as they are; others by their bytes, on the device. Then
     # parts are merged in rounds, which a long window needs too.
     listed = layout.kept or b > 1 or exact >= SLICES
-    programs = min(OCCUPANCY * processors(device), b * h * (pages // LEAST), MOST)
+    programs = min(OCCUPANCY * processors(device), b * h * (pages // LEAST))
     if exact < SLICES:
         programs = min(programs, b * h * (SLICES - exact))
     programs = max(b * h, programs if listed else programs - programs % (b * h))
     slices = programs + b * h * exact
-    turned = torch.empty(b * h, HEADS, d, dtype=torch.float16, device=device)
+    block = min(SLICES, triton.next_power_of_2(triton.cdiv(slices, b * h)))
     bias = torch.empty(b * h, max(1, spans), HEADS, dtype=torch.float32, device=device)
-    seen = torch.empty(b if mask is not None else 0, max(1, pages), 2, dtype=torch.int32, device=device)
     partial = torch.empty(slices, HEADS, d, dtype=torch.float16, device=device)
     lse = torch.empty(slices, HEADS, dtype=torch.float32, device=device)
-    items = torch.empty(programs if listed else 0, dtype=torch.int64, device=device)
-    begins = torch.empty(b * h + 1 if listed else 0, dtype=torch.int32, device=device)
     out = torch.empty(b, hq, 1, d, dtype=q.dtype, device=device)
     twin = not converts(device)
     depends = _depends(device)
@@ -122,29 +117,29 @@ def attend(
     signs = signs_of(layout, d, device)
     where, shown, mask_row = _inputs(state, pos, mask)
     numbers = start or 0, columns, qscale, q.stride(0), q.stride(1)
-    flags = {
-        "HAS_POS": pos is not None, "HAS_START": start is not None, "ROLLING": rolling, "MASKED": mask is not None,
-        "LISTED": listed, "G": g, "D": d, "N": HEADS, "SINK": layout.sink,
-    }  # fmt: skip
     menu = menu_of(layout.tiers)
-    prepare[(max(1, triton.cdiv(spans, CHUNK)), b * h)](
-        q, state.pair_scale, signs, state.anchors, state.span_scales, state.rows, state.held, where, shown, turned,
-        bias, seen, items, begins, *numbers, mask_row, h, spans, pages, programs, b * h,
-        SPAN=layout.span, CHUNK=CHUNK, ALL=triton.next_power_of_2(b * h),
-        WEIGHTS=menu["WEIGHTS"], KEPT=layout.kept, TWIN=twin, num_warps=4, **flags,
-    )  # fmt: skip
+    heads = {"G": g, "D": d, "N": HEADS}
+    flags = {
+        **heads, "HAS_POS": pos is not None, "HAS_START": start is not None, "ROLLING": rolling,
+        "MASKED": mask is not None, "LISTED": listed, "KEPT": layout.kept, "SPAN": layout.span, "SINK": layout.sink,
+        "ALL": triton.next_power_of_2(b * h), "EXACT": exact, "PDL": depends,
+    }  # fmt: skip
+    if layout.kept:
+        prepare[(max(1, triton.cdiv(spans, CHUNK)), b * h)](
+            q, state.pair_scale, signs, state.anchors, state.span_scales, state.rows, bias, qscale, q.stride(0),
+            q.stride(1), h, spans, CHUNK=CHUNK, TWIN=twin, num_warps=4, **heads,
+        )  # fmt: skip
     decode[(slices,)](
-        q, turned, signs, sylvester(device), state.arena, state.arena.view(torch.int32), state.table, state.held, bias, seen, items, shown,
-        state.rows, where, state.exact_k, state.exact_v, partial, lse, *numbers, mask_row, h, spans, pages, programs,
-        b * h, TWIN=twin, SPAN=layout.span, RING=layout.ring, EXACT=exact, STAGES=3, IEEE=q.dtype == torch.float32,
-        PDL=depends, KEPT=layout.kept, num_stages=3, maxnreg=None if twin else REGISTERS,
-        num_warps=(2 if d == 256 else 1) * (4 if twin else 1), **menu, **flags,
+        q, state.pair_scale, signs, sylvester(device), state.anchors, state.span_scales,
+        state.arena, state.arena.view(torch.int32), state.table, state.held, bias, shown, state.rows, where,
+        state.exact_k, state.exact_v, partial, lse, *numbers, mask_row, h, spans, pages, programs, b * h,
+        TWIN=twin, RING=layout.ring, STAGES=3, IEEE=q.dtype == torch.float32, num_stages=3,
+        maxnreg=None if twin else REGISTERS, num_warps=(2 if d == 256 else 1) * (4 if twin else 1), **menu, **flags,
     )  # fmt: skip
-    block = min(SLICES, triton.next_power_of_2(triton.cdiv(slices, b * h)))
     combine[(d // tiles.EDGE * g, b * h)](
-        partial, lse, begins, q, k, v, signs, state.rows, where, shown, out, *numbers,
-        k.stride(0), k.stride(1), v.stride(0), v.stride(1), mask_row, h, programs, b * h,
-        EXACT=exact, BLOCK=block, PDL=depends, launch_pdl=depends, num_warps=max(1, block // 64), **flags,
+        partial, lse, state.held, q, k, v, signs, state.rows, where, shown, out, *numbers,
+        k.stride(0), k.stride(1), v.stride(0), v.stride(1), mask_row, h, pages, programs, b * h,
+        BLOCK=block, WEIGHTS=menu["WEIGHTS"], launch_pdl=depends, num_warps=max(1, block // 64), **flags,
     )  # fmt: skip
     return out
 

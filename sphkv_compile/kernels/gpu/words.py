@@ -315,6 +315,17 @@ def gather(at, TWIN: constexpr):
         )
 
 
+@triton.jit
+def gather_byte(at, TWIN: constexpr):
+    """Bytes, as :func:`gather` takes words."""
+    if TWIN:
+        return tl.load(at).to(tl.int32)
+    else:
+        return tl.inline_asm_elementwise(
+            "ld.global.ca.u8 $0, [$1];", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
 _INTEGERS = """{
 .reg .b32 t, low, high, most;
 mov.b32 most, 0x64806480;
@@ -329,7 +340,7 @@ INTEGERS = constexpr(_INTEGERS)
 
 @triton.jit
 def integers(x, TWIN: constexpr):
-    """int8 as float16, exactly: a byte below 1024's mantissa, less what that adds. Conversions run at a quarter's rate."""
+    """int8 as float16, exactly: a byte under the mantissa of 1024, less what that adds; a conversion is slower."""
     if TWIN:
         return x.to(tl.float16)
     else:
