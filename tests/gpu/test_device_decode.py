@@ -118,7 +118,7 @@ def test_groups(group):
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_assembly_and_twin_decode_every_word_alike(bits, dim):
     """Bit for bit, and to the tables' values at the places that the packing gives."""
     from sphkv_compile.kernels.gpu import words

@@ -40,11 +40,17 @@ def shown(holes=False, position=None):
     return seen.view(B, 1, 1, CAPACITY)
 
 
-@pytest.mark.parametrize(("bits", "dim"), [(2, 64), (3, 128), (4, 64), (4, 256)])
+@pytest.mark.parametrize(("bits", "dim"), [(2, 64), (3, 128), (4, 64), (4, 256), (8, 64), (8, 128)])
 def test_the_twin_decodes_every_code(bits, dim):
     codes = torch.arange(64 * dim).view(64, dim).mul(2654435761).bitwise_right_shift(7).remainder(2**bits).byte()
     found = dumped(tiles.pack_keys(codes, bits), bits, dim, True)
     assert torch.equal(found, (levels(bits)[codes.int()] / words.step(bits)).half())
+
+
+def test_eight_bits_are_levels_rounded_to_float16():
+    """The portable paths have them in float32: both agree to half a unit in the last place."""
+    exact, held = levels(8)[128:], words.level_table(torch.device("cpu"))[:32].view(torch.float16)
+    assert words.step(8) == 1 and float(((held - exact) / exact).abs().max()) <= 2**-11
 
 
 @pytest.mark.parametrize(

@@ -269,7 +269,7 @@ def across(x, DQ: constexpr):
 
 @triton.jit
 def pages(
-    q, top, total, acc, BYTES, WORDS, TABLE, BIAS, SEEN, page, end, low, stop, begin, NS, NP,
+    q, top, total, acc, BYTES, WORDS, LEVELS, TABLE, BIAS, SEEN, page, end, low, stop, begin, NS, NP,
     D: constexpr, N: constexpr, KB: constexpr, VB: constexpr, KSTEP: constexpr, RATIO: constexpr, SPAN: constexpr,
     TWIN: constexpr, ROLLING: constexpr, MASKED: constexpr, KEPT: constexpr, STAGES: constexpr,
 ):  # fmt: skip
@@ -300,7 +300,7 @@ def pages(
                 bias_ahead = tl.load(BIAS + ahead // PER_SPAN * N + g)
             at = BYTES + unit.to(tl.int64) * 64
             word = WORDS + unit.to(tl.int64) * 16
-            k = planes(at, word, i, KB, 2 * DQ, TWIN)
+            k = planes(at, word, LEVELS, i, KB, 2 * DQ, TWIN)
             meta = word + (KBYTES + VBYTES) // 4
             x = ()
             weights = ()
@@ -346,7 +346,7 @@ def pages(
             total = total * shrink[None, :] + (x0 + x1)
             p0 = turn_tiles((x0 * weights[0][:, None]).to(tl.float16), TWIN)
             p1 = turn_tiles((x1 * weights[1][:, None]).to(tl.float16), TWIN)
-            v = planes(at + KBYTES, word + KBYTES // 4, dim, VB, 2 * DQ, TWIN)
+            v = planes(at + KBYTES, word + KBYTES // 4, LEVELS, dim, VB, 2 * DQ, TWIN)
             grown = ()
             for j in tl.static_range(DQ):
                 grown = grown + (tl.dot(v[DQ + j], p1, tl.dot(v[j], p0, acc[j] * shrink[None, :])),)
@@ -365,7 +365,7 @@ def pages_done(work, offset, count, weight):
 
 @triton.jit
 def coded_part(
-    TURNED, BYTES, WORDS, TABLE, HELD, BIAS, SEEN, part, parts, begin, spans, first, base, NS, NP,
+    TURNED, BYTES, WORDS, LEVELS, TABLE, HELD, BIAS, SEEN, part, parts, begin, spans, first, base, NS, NP,
     D: constexpr, N: constexpr, KBITS: constexpr, VBITS: constexpr, KSTEPS: constexpr, VSTEPS: constexpr,
     WEIGHTS: constexpr, SPAN: constexpr, TWIN: constexpr, ROLLING: constexpr, MASKED: constexpr, KEPT: constexpr,
     STAGES: constexpr,
@@ -395,7 +395,7 @@ def coded_part(
         for t in tl.static_range(NT):
             count = tl.load(HELD + NT - 1 - t)
             top, total, acc = pages(
-                q, top, total, acc, BYTES, WORDS, TABLE, BIAS, SEEN,
+                q, top, total, acc, BYTES, WORDS, LEVELS, TABLE, BIAS, SEEN,
                 slot + pages_done(mine, offset, count, WEIGHTS[t]), slot + pages_done(after, offset, count, WEIGHTS[t]),
                 low, stop, begin, NS, NP, D, N, KBITS[t], VBITS[t], KSTEPS[t], VSTEPS[t] / VSTEPS[0], SPAN,
                 TWIN, ROLLING, MASKED, KEPT, STAGES,
@@ -409,7 +409,7 @@ def coded_part(
         page = begin_page + part * each
         end = tl.minimum(page + each, end_page)
         top, total, acc = pages(
-            q, top, total, acc, BYTES, WORDS, TABLE, BIAS, SEEN, page, end, low, stop, begin, NS, NP,
+            q, top, total, acc, BYTES, WORDS, LEVELS, TABLE, BIAS, SEEN, page, end, low, stop, begin, NS, NP,
             D, N, KBITS[0], VBITS[0], KSTEPS[0], 1.0, SPAN, TWIN, ROLLING, MASKED, KEPT, STAGES,
         )  # fmt: skip
     return top, total, acc
@@ -417,8 +417,8 @@ def coded_part(
 
 @triton.jit
 def decode(
-    Q, TURNED, SIGNS, SYLVESTER, BYTES, WORDS, TABLE, HELD, BIAS, SEEN, ITEMS, MASK, ROWS, POS, EXACT_K, EXACT_V,
-    OUT, LSE,
+    Q, TURNED, SIGNS, SYLVESTER, BYTES, WORDS, LEVELS, TABLE, HELD, BIAS, SEEN, ITEMS, MASK, ROWS, POS, EXACT_K,
+    EXACT_V, OUT, LSE,
     start, columns, qscale, q_row, q_head, mask_row, H, NS, NP, PROGRAMS, ROWS_HEADS,
     G: constexpr, D: constexpr, N: constexpr, KBITS: constexpr, VBITS: constexpr, KSTEPS: constexpr, VSTEPS: constexpr,
     WEIGHTS: constexpr, TWIN: constexpr,
@@ -459,9 +459,9 @@ def decode(
     if coded:
         NT: constexpr = len(KBITS)
         top, total, acc = coded_part(
-            TURNED + bh * N * D, BYTES, WORDS, TABLE + bh * NP, HELD + bh * NT, BIAS + bh * NS * N, SEEN + b * NP * 2,
-            part, parts, begin, spans, first, base, NS, NP, D, N, KBITS, VBITS, KSTEPS, VSTEPS, WEIGHTS, SPAN, TWIN,
-            ROLLING, MASKED, KEPT, STAGES,
+            TURNED + bh * N * D, BYTES, WORDS, LEVELS, TABLE + bh * NP, HELD + bh * NT, BIAS + bh * NS * N,
+            SEEN + b * NP * 2, part, parts, begin, spans, first, base, NS, NP, D, N, KBITS, VBITS, KSTEPS, VSTEPS,
+            WEIGHTS, SPAN, TWIN, ROLLING, MASKED, KEPT, STAGES,
         )  # fmt: skip
         weight = tl.maximum(tl.sum(total, 0), 1e-30)
         normal = ()

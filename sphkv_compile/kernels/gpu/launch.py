@@ -134,9 +134,10 @@ def attend(
         WEIGHTS=menu["WEIGHTS"], KEPT=layout.kept, TWIN=twin, num_warps=4, **flags,
     )  # fmt: skip
     decode[(slices,)](
-        q, turned, signs, sylvester(device), state.arena, state.arena.view(torch.int32), state.table, state.held, bias, seen, items, shown,
-        state.rows, where, state.exact_k, state.exact_v, partial, lse, *numbers, mask_row, h, spans, pages, programs,
-        b * h, TWIN=twin, SPAN=layout.span, RING=layout.ring, EXACT=exact, STAGES=3, IEEE=q.dtype == torch.float32,
+        q, turned, signs, sylvester(device), state.arena, state.arena.view(torch.int32), words.level_table(device),
+        state.table, state.held, bias, seen, items, shown, state.rows, where, state.exact_k, state.exact_v, partial,
+        lse, *numbers, mask_row, h, spans, pages, programs, b * h,
+        TWIN=twin, SPAN=layout.span, RING=layout.ring, EXACT=exact, STAGES=3, IEEE=q.dtype == torch.float32,
         PDL=depends, KEPT=layout.kept, num_stages=3, maxnreg=None if twin else REGISTERS,
         num_warps=(2 if d == 256 else 1) * (4 if twin else 1), **menu, **flags,
     )  # fmt: skip
