@@ -24,7 +24,7 @@ from sphkv_compile.storage.layout import Layout
 from sphkv_compile.storage.state import State
 
 DIMS = (64, 128, 256)
-BITS = (2, 3, 4)
+BITS = (2, 3, 4, 8)
 CHUNK = 64
 """Spans of one program of ``prepare``."""
 OCCUPANCY = 12
@@ -208,15 +208,23 @@ def menu_of(tiers: tuple[Tier, ...]) -> dict[str, tuple]:
 
 @lru_cache(None)
 def borders_of(tier: Tier) -> dict[str, tuple]:
-    """Positive borders of both widths, as bits: what the encoders compare with."""
+    """Positive borders of both widths, as bits: what the encoders compare with. Those of 8 bits lie in memory."""
     widths = (("KBORDERS", tier.k_bits), ("VBORDERS", tier.v_bits))
-    return {name: tuple(thresholds(bits)[1 << (bits - 1) :].view(torch.int32).tolist()) for name, bits in widths}
+    return {
+        name: () if bits == 8 else tuple(thresholds(bits)[1 << (bits - 1) :].view(torch.int32).tolist())
+        for name, bits in widths
+    }
 
 
 @lru_cache(None)
 def levels_of(tier: Tier, device: torch.device) -> Tensor:
-    """Positive levels of keys, then of values. Shapes: -> float32[n]."""
-    return torch.cat([levels(bits)[1 << (bits - 1) :] for bits in (tier.k_bits, tier.v_bits)]).float().to(device)
+    """Positive levels of keys, at 8 bits then the border below each, and the same of values. Shapes: -> float32[n]."""
+    parts = []
+    for bits in (tier.k_bits, tier.v_bits):
+        parts.append(levels(bits)[1 << (bits - 1) :])
+        if bits == 8:
+            parts.append(torch.cat([torch.zeros(1), thresholds(bits)[1 << (bits - 1) :]]))
+    return torch.cat(parts).to(device)
 
 
 def encoding_block(layout: Layout, dim: int) -> dict[str, int]:
