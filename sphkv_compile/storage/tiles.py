@@ -10,7 +10,7 @@ elements of each of its planes, placed so that a byte permute can use the word i
 * 2 bits, four planes: the low halves of the nibbles 0..3 and 4..7, then their high halves.
 * 3 bits, eight planes in three tiles: tile t has planes 2t and 2t + 1 in the low three bits of its nibbles; planes 6
   and 7 take the top bit of every nibble, their high bit in tile 0, their low bit in tile 2.
-* 8 bits, one plane: a byte an element.
+* 8 bits, one plane: byte b has element b, the magnitude in its low seven bits and the sign above it.
 
 The codes are the same as everywhere, only their bits lie elsewhere.
 """
@@ -141,12 +141,14 @@ def _elements3(tiles: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def _words8(parts: tuple[Tensor, ...]) -> list[Tensor]:
-    total = (parts[0] << _shifts(8, parts[0])).sum(-1)
-    return [_int32(total)]
+    (code,) = parts
+    byte = torch.where(code < 128, 255 - code, code - 128)
+    return [_int32((byte << _shifts(8, code)).sum(-1))]
 
 
 def _elements8(tiles: tuple[Tensor, ...]) -> list[Tensor]:
-    return [(tiles[0].unsqueeze(-1) >> _shifts(8, tiles[0])) & 255]
+    byte = (tiles[0].unsqueeze(-1) >> _shifts(8, tiles[0])) & 255
+    return [torch.where(byte < 128, 128 + byte, 255 - byte)]
 
 
 _WORDS = {2: _words2, 3: _words3, 4: _words4, 8: _words8}

@@ -21,7 +21,7 @@ LIMIT = 2.5e-3
 """Relative error: queries, keys, weights and values are float16 in the products, outputs in the model's dtype."""
 
 DIMS = (64, 128, 256)
-CASES = [(tier, dim, torch.bfloat16) for tier in ("K4V4", "K4V2", "K3V3", "K2V2") for dim in DIMS]
+CASES = [(tier, dim, torch.bfloat16) for tier in ("K8V4", "K8V8", "K4V4", "K4V2", "K3V3", "K2V2") for dim in DIMS]
 CASES += [("K4V4", dim, dtype) for dtype in (torch.float16, torch.float32) for dim in DIMS]
 
 

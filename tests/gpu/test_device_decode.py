@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sphkv_compile.codecs.codebook import levels
+from sphkv_compile.codecs.codebook import levels, quantize
 from sphkv_compile.ops.append import append
 from sphkv_compile.ops.read import dense
 from sphkv_compile.spec import CacheSpec, Tier
@@ -57,7 +57,7 @@ def shown(length, columns, starts=(0, 9), holes=False):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize("tier", ["K4V4", "K4V2", "K3V2", "K2V2", "K3V3"])
+@pytest.mark.parametrize("tier", ["K8V4", "K8V8", "K4V4", "K4V2", "K3V2", "K2V2", "K3V3"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_against_float64(tier, dim, dtype, masked):
     from sphkv_compile.kernels.gpu import launch
@@ -118,7 +118,7 @@ def test_groups(group):
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_assembly_and_twin_decode_every_word_alike(bits, dim):
     """Bit for bit, and to the tables' values at the places that the packing gives."""
     from sphkv_compile.kernels.gpu import words
@@ -133,6 +133,17 @@ def test_assembly_and_twin_decode_every_word_alike(bits, dim):
     assert torch.equal(twin.cpu(), expected)
     if torch.cuda.get_device_capability() >= (8, 9):
         assert torch.equal(dumped(packed, bits, dim, False), twin)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_values_on_and_beside_borders_are_coded_as_the_codec_does_it(bits):
+    from sphkv_compile.testing.planes import around_borders, coded
+
+    u = around_borders(bits)
+    want = quantize(u, bits).int()
+    for twin in (True, False):
+        codes, found = coded(u.cuda(), bits, twin)
+        assert torch.equal(codes.cpu(), want) and torch.equal(found.cpu(), levels(bits)[want].abs())
 
 
 def test_a_write_into_codes_gives_not_a_number():

@@ -42,6 +42,9 @@ CONFIGURATIONS = [  # tier or menu of kept tokens, head_dim, dtype, masked, roll
     ("K4V4", 256, torch.bfloat16, False, False),
     ("K4V4/K4V2", 128, torch.bfloat16, True, False),
     ("K4V4/K4V2", 128, torch.bfloat16, False, False),
+    ("K8V4", 128, torch.bfloat16, False, False),
+    ("K8V8", 64, torch.bfloat16, True, False),
+    ("K8V4", 256, torch.float16, True, True),
 ]
 
 

@@ -53,6 +53,8 @@ def masks(kind, first, count, columns):
         ("K2V4", 64, 4, torch.float32, "none", 300, 5),
         ("K2V2", 64, 4, torch.float32, "sliding", 400, 40),
         ("K4V4", 256, 1, torch.float32, "broadcast", 300, 3),
+        ("K8V4", 128, 2, torch.float32, "padded", 300, 9),
+        ("K8V8", 64, 2, torch.float16, "holes", 300, 9),
         ("K4V4", 64, 2, torch.float32, "padded", 100, 70),  # no span has left the window
         ("K4V4", 64, 2, torch.float32, "padded", 0, 70),  # nothing is held
         ("K4V4", 64, 2, torch.float32, "holes", 0, 70),
@@ -100,6 +102,8 @@ def check_equal(ours, spec):
         ("K4V4", 64, torch.float16, 256),
         ("K2V2", 64, torch.bfloat16, 64),  # a word has both token halves
         ("K3V3", 256, torch.float32, 64),  # two groups of eight planes
+        ("K8V4", 128, torch.bfloat16, 128),
+        ("K8V8", 64, torch.float32, 64),
     ],
 )
 def test_spans_are_encoded_bit_for_bit(fused, tier, dim, dtype, span):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from inputs import CAPACITY, SINK, SPAN, WINDOW, B, H, make, part, tokens
 
-from sphkv_compile.codecs.codebook import levels
+from sphkv_compile.codecs.codebook import levels, quantize
 from sphkv_compile.kernels.gpu import launch, words
 from sphkv_compile.ops import attend as blockwise
 from sphkv_compile.ops.append import append
@@ -22,7 +22,7 @@ from sphkv_compile.storage import tiles
 from sphkv_compile.storage.layout import UNIT, Layout
 from sphkv_compile.storage.state import BASE, FAULT, FROZEN, LENGTH, SPANS, START, Geometry, State
 from sphkv_compile.testing.oracle import attention, shuffled_state
-from sphkv_compile.testing.planes import dumped
+from sphkv_compile.testing.planes import around_borders, coded, dumped
 from sphkv_compile.testing.retained import retained
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted only where there is no device")
@@ -40,11 +40,24 @@ def shown(holes=False, position=None):
     return seen.view(B, 1, 1, CAPACITY)
 
 
-@pytest.mark.parametrize(("bits", "dim"), [(2, 64), (3, 128), (4, 64), (4, 256)])
+@pytest.mark.parametrize(("bits", "dim"), [(2, 64), (3, 128), (4, 64), (4, 256), (8, 64), (8, 128)])
 def test_the_twin_decodes_every_code(bits, dim):
     codes = torch.arange(64 * dim).view(64, dim).mul(2654435761).bitwise_right_shift(7).remainder(2**bits).byte()
     found = dumped(tiles.pack_keys(codes, bits), bits, dim, True)
     assert torch.equal(found, (levels(bits)[codes.int()] / words.step(bits)).half())
+
+
+def test_eight_bits_are_levels_rounded_to_float16():
+    """The portable paths have them in float32: both agree to half a unit in the last place."""
+    exact, held = levels(8)[128:], words.level_table(torch.device("cpu"))[:32].view(torch.float16)
+    assert words.step(8) == 1 and float(((held - exact) / exact).abs().max()) <= 2**-11
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_values_on_and_beside_borders_are_coded_as_the_codec_does_it(bits):
+    codes, found = coded(around_borders(bits), bits, True)
+    want = quantize(around_borders(bits), bits).int()
+    assert torch.equal(codes, want) and torch.equal(found, levels(bits)[want].abs())
 
 
 @pytest.mark.parametrize(
@@ -55,6 +68,8 @@ def test_the_twin_decodes_every_code(bits, dim):
         ("K3V3", 128, 1, torch.float32, True, 300),
         ("K2V4", 64, 4, torch.float32, False, 300),
         ("K4V4", 256, 2, torch.float32, True, 300),
+        ("K8V4", 128, 4, torch.float32, True, 300),
+        ("K8V8", 64, 2, torch.float16, False, 300),
         ("K4V4", 64, 12, torch.float32, True, 300),  # in two passes
         ("K4V4", 64, 2, torch.float32, True, 3),  # sinks alone
         ("K4V4", 64, 2, torch.float32, False, 120),  # no span has left the window
@@ -99,6 +114,8 @@ def test_the_new_position_may_be_a_tensor_a_number_or_the_counters_own(masked):
         ("K4V2", 128, 12, "half", True),
         ("K2V2", 64, 1, "interleaved", True),
         ("K3V3", 128, 2, "none", False),
+        ("K8V4", 64, 2, "half", True),
+        ("K4V8", 128, 1, "half", False),
     ],
 )
 def test_appends_write_what_the_specification_writes(tier, dim, group, rope, masked):
@@ -210,6 +227,7 @@ def kept_of(menu, dim, group, dtype, masked, count):
         (("K4V4", "K4V2"), 64, 8, torch.float16, True),
         (("K4V4",), 64, 2, torch.float32, True),
         (("K4V4", "K3V3", "K2V2"), 128, 1, torch.float32, True),
+        (("K8V4", "K4V4"), 64, 2, torch.float32, True),
     ],
 )
 def test_kept_tokens_at_several_tiers(menu, dim, group, dtype, masked):

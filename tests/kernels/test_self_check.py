@@ -1,5 +1,7 @@
 """The check that runs on each device before a cache is entrusted to its kernels."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -17,12 +19,13 @@ def afresh():
     check_device.cache_clear()
 
 
-def run():
-    check_device(LAYOUT, 64, 2, torch.float32, torch.device("cpu"))
+def run(layout=LAYOUT):
+    check_device(layout, 64, 2, torch.float32, torch.device("cpu"))
 
 
-def test_sound_kernels_pass():
-    run()
+@pytest.mark.parametrize("tier", [Tier(4, 4), Tier(8, 4)], ids=str)
+def test_sound_kernels_pass(tier):
+    run(replace(LAYOUT, tiers=(tier,)))
 
 
 def test_a_wrong_answer_is_refused(monkeypatch):

@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.language.core import constexpr
 
 from sphkv_compile.kernels.gpu.decode import BASE, FAULT, FROZEN, LENGTH, SPANS, START, WIDTH, place
-from sphkv_compile.kernels.gpu.encode import encode_keys, encode_values
+from sphkv_compile.kernels.gpu.encode import behind, encode_keys, encode_values
 
 
 @triton.jit
@@ -150,7 +150,7 @@ def append(
                 D, KB, VB, SPAN, BLOCK, SINK, RING, KBORDERS, False, KEPT, TWIN,
             )  # fmt: skip
             encode_values(
-                WORDS, TABLE + pages, EXACT_V + slots, EXACT_V, SIGNS, LEVELS + (1 << (KB - 1)), at, page, 0, 0,
+                WORDS, TABLE + pages, EXACT_V + slots, EXACT_V, SIGNS, behind(LEVELS, KB), at, page, 0, 0,
                 D, KB, VB, SPAN, BLOCK, SINK, RING, VBORDERS, False, TWIN,
             )  # fmt: skip
             if KEPT:

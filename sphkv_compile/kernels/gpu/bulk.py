@@ -172,8 +172,8 @@ def over_codes(
         G=g, D=d, ROWS=32, num_warps=4,
     )  # fmt: skip
     prefill[(triton.cdiv(t * g, rows), b * h, parts)](
-        q, k, v, turned, state.arena.view(torch.int32), state.table, state.anchors, state.span_scales,
-        state.exact_k, state.exact_v, signs, state.rows, *bounds, out, lse,
+        q, k, v, turned, state.arena.view(torch.int32), words.level_table(device), state.table, state.anchors,
+        state.span_scales, state.exact_k, state.exact_v, signs, state.rows, *bounds, out, lse,
         first, base, columns, t, qscale, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *_steps(lo), *_steps(bits), h, max(1, state.anchors.shape[2]), pages,
         G=g, D=d, KB=tier.k_bits, VB=tier.v_bits, SPAN=layout.span, SINK=layout.sink, RING=layout.ring,

@@ -301,7 +301,7 @@ def shown(MASK, column, inside, columns):
 
 @triton.jit
 def pages(
-    q, top, total, acc, BYTES, WORDS, TABLE, BIAS, MASK, page, end, low, stop, begin, base, columns, NP,
+    q, top, total, acc, BYTES, WORDS, LEVELS, TABLE, BIAS, MASK, page, end, low, stop, begin, base, columns, NP,
     D: constexpr, N: constexpr, KB: constexpr, VB: constexpr, KSTEP: constexpr, RATIO: constexpr, SPAN: constexpr,
     TWIN: constexpr, ROLLING: constexpr, MASKED: constexpr, KEPT: constexpr, STAGES: constexpr,
 ):  # fmt: skip
@@ -335,7 +335,7 @@ def pages(
                 seen0 = shown(MASK, begin - base + token, (token >= low) & (token < stop), columns)
                 token += 32
                 seen1 = shown(MASK, begin - base + token, (token >= low) & (token < stop), columns)
-            k = planes(at, word, i, KB, 2 * DQ, TWIN)
+            k = planes(at, word, LEVELS, i, KB, 2 * DQ, TWIN)
             meta = word + (KBYTES + VBYTES) // 4
             x = ()
             weights = ()
@@ -379,7 +379,7 @@ def pages(
             total = total * shrink[None, :] + (x0 + x1)
             p0 = turn_tiles((x0 * weights[0][:, None]).to(tl.float16), TWIN)
             p1 = turn_tiles((x1 * weights[1][:, None]).to(tl.float16), TWIN)
-            v = planes(at + KBYTES, word + KBYTES // 4, dim, VB, 2 * DQ, TWIN)
+            v = planes(at + KBYTES, word + KBYTES // 4, LEVELS, dim, VB, 2 * DQ, TWIN)
             grown = ()
             for j in tl.static_range(DQ):
                 grown = grown + (tl.dot(v[DQ + j], p1, tl.dot(v[j], p0, acc[j] * shrink[None, :])),)
@@ -398,7 +398,8 @@ def pages_done(work, offset, count, weight):
 
 @triton.jit
 def coded_part(
-    q, ANCHORS, STEPS, BYTES, WORDS, TABLE, HELD, BIAS, MASK, part, parts, begin, spans, first, base, columns, NS, NP,
+    q, ANCHORS, STEPS, BYTES, WORDS, LEVELS, TABLE, HELD, BIAS, MASK,
+    part, parts, begin, spans, first, base, columns, NS, NP,
     D: constexpr, N: constexpr, KBITS: constexpr, VBITS: constexpr, KSTEPS: constexpr, VSTEPS: constexpr,
     WEIGHTS: constexpr, SPAN: constexpr, TWIN: constexpr, ROLLING: constexpr, MASKED: constexpr, KEPT: constexpr,
     STAGES: constexpr,
@@ -423,7 +424,7 @@ def coded_part(
         for t in tl.static_range(NT):
             count = tl.load(HELD + NT - 1 - t)
             top, total, acc = pages(
-                q, top, total, acc, BYTES, WORDS, TABLE, BIAS, MASK,
+                q, top, total, acc, BYTES, WORDS, LEVELS, TABLE, BIAS, MASK,
                 slot + pages_done(mine, offset, count, WEIGHTS[t]), slot + pages_done(after, offset, count, WEIGHTS[t]),
                 low, stop, begin, base, columns, NP, D, N, KBITS[t], VBITS[t], KSTEPS[t], VSTEPS[t] / VSTEPS[0], SPAN,
                 TWIN, ROLLING, MASKED, KEPT, STAGES,
@@ -438,16 +439,17 @@ def coded_part(
         end = tl.minimum(page + each, end_page)
         anchor_products(q, ANCHORS, STEPS, BIAS, page, end, NS, D, N, SPAN, ROLLING, TWIN)
         top, total, acc = pages(
-            q, top, total, acc, BYTES, WORDS, TABLE, BIAS, MASK, page, end, low, stop, begin, base, columns, NP,
-            D, N, KBITS[0], VBITS[0], KSTEPS[0], 1.0, SPAN, TWIN, ROLLING, MASKED, KEPT, STAGES,
+            q, top, total, acc, BYTES, WORDS, LEVELS, TABLE, BIAS, MASK, page, end,
+            low, stop, begin, base, columns, NP, D, N, KBITS[0], VBITS[0], KSTEPS[0], 1.0, SPAN,
+            TWIN, ROLLING, MASKED, KEPT, STAGES,
         )  # fmt: skip
     return top, total, acc
 
 
 @triton.jit
 def decode(
-    Q, SCALE, SIGNS, SYLVESTER, ANCHORS, STEPS, BYTES, WORDS, TABLE, HELD, BIAS, MASK, ROWS, POS, EXACT_K, EXACT_V,
-    OUT, LSE,
+    Q, SCALE, SIGNS, SYLVESTER, ANCHORS, STEPS, BYTES, WORDS, LEVELS, TABLE, HELD, BIAS, MASK, ROWS, POS,
+    EXACT_K, EXACT_V, OUT, LSE,
     start, columns, qscale, q_row, q_head, mask_row, H, NS, NP, PROGRAMS, ROWS_HEADS,
     G: constexpr, D: constexpr, N: constexpr, KBITS: constexpr, VBITS: constexpr, KSTEPS: constexpr, VSTEPS: constexpr,
     WEIGHTS: constexpr, TWIN: constexpr, ALL: constexpr,
@@ -485,6 +487,7 @@ def decode(
     DQ: constexpr = D // 32
     i = tl.arange(0, 32)
     g = tl.arange(0, N)
+    at = program * N + g
     begin, spans, first, base, held = place(ROWS, POS, b, start, HAS_POS, HAS_START, ROLLING, SINK)
     if coded:
         NT: constexpr = len(KBITS)
@@ -492,11 +495,13 @@ def decode(
         turned = turned_queries(at_query, SCALE + bh * D, SIGNS, SYLVESTER, qscale, q_head, G, D, N, TWIN)
         own = bh.to(tl.int64) * NS
         top, total, acc = coded_part(
-            turned, ANCHORS + own * D, STEPS + own * 2, BYTES, WORDS, TABLE + bh * NP, HELD + bh * NT, BIAS + own * N,
-            MASK + b.to(tl.int64) * mask_row, part, parts, begin, spans, first, base, columns, NS, NP, D, N,
-            KBITS, VBITS, KSTEPS, VSTEPS, WEIGHTS, SPAN, TWIN, ROLLING, MASKED, KEPT, STAGES,
+            turned, ANCHORS + own * D, STEPS + own * 2, BYTES, WORDS, LEVELS, TABLE + bh * NP, HELD + bh * NT,
+            BIAS + own * N, MASK + b.to(tl.int64) * mask_row,
+            part, parts, begin, spans, first, base, columns, NS, NP, D, N, KBITS, VBITS, KSTEPS, VSTEPS, WEIGHTS, SPAN,
+            TWIN, ROLLING, MASKED, KEPT, STAGES,
         )  # fmt: skip
         weight = tl.maximum(tl.sum(total, 0), 1e-30)
+        tl.store(LSE + at, top + tl.log2(weight))
         normal = ()
         for j in tl.static_range(DQ):
             normal = normal + (acc[j] * (VSTEPS[0] * 4 * D**-0.5 / weight)[None, :],)
@@ -513,14 +518,13 @@ def decode(
             G, D, N, SPAN, SINK, RING, MASKED, IEEE,
         )  # fmt: skip
         weight = tl.maximum(tl.sum(total, 0), 1e-30)
+        tl.store(LSE + at, top + tl.log2(weight))
         normal = ()
         for j in tl.static_range(DQ):
             normal = normal + (acc[j] * (1.0 / weight)[None, :] * tl.load(SIGNS + j * 32 + i)[:, None],)
         acc = normal
-    at = program * N + g
     for j in tl.static_range(DQ):
         tl.store(OUT + at[None, :] * D + (j * 32 + i)[:, None], acc[j].to(tl.float16))
-    tl.store(LSE + at, top + tl.log2(weight))
 
 
 @triton.jit

@@ -110,35 +110,76 @@ def fold_rows(x, ROWS: constexpr, D: constexpr):
     return tl.reshape(x, (D,))
 
 
+def _search() -> str:
+    """PTX that looks for the last of 128 borders that is not above a value; each lies 512 bytes behind its level."""
+    lines = [".reg .pred p; .reg .b64 a, n; .reg .b32 b;", "mov.b64 a, $3;"]
+    for step in (64, 32, 16, 8, 4, 2, 1):
+        lines.append(f"ld.global.nc.b32 b, [a + {512 + 4 * step}]; setp.ge.s32 p, $2, b; @p add.s64 a, a, {4 * step};")
+    lines += ["ld.global.nc.b32 $1, [a];", "sub.s64 n, a, $3; cvt.u32.u64 $0, n; shr.u32 $0, $0, 2;"]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+SEARCH = constexpr(_search())
+
+
+@triton.jit
+def search(bits, LEVELS, TWIN: constexpr):
+    """Among the levels of eight bits, whose borders are too many for constants. The assembly finds an element's code
+    whole before the next one's is begun, which spares registers.
+
+    Shapes: int32[...] -> int32[...] twice, index of the magnitude and bits of its level.
+    """
+    if TWIN:
+        index = tl.zeros(bits.shape, tl.int32)
+        for i in tl.static_range(7):
+            border = gather(LEVELS + 128 + index + (64 >> i), TWIN)
+            index += (bits >= border).to(tl.int32) << (6 - i)
+        level = gather(LEVELS + index, TWIN)
+    else:
+        index, level = tl.inline_asm_elementwise(
+            SEARCH, "=r,=r,r,l", [bits, LEVELS.to(tl.int64)], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+        )
+    return index, level.to(tl.float32, bitcast=True)
+
+
 @triton.jit
 def quantize(u, LEVELS, BORDERS: constexpr, BITS: constexpr, TWIN: constexpr):
     """Codes and their magnitudes. A value on a border belongs above it, on either side of zero.
 
     Args:
-        BORDERS: bits of the positive borders, ascending.
+        BORDERS: bits of the positive borders, ascending; none at 8 bits.
 
-    Shapes: ``LEVELS`` float32, the positive levels; float32[...] -> int32[...], of four bits: sign and index of the
-    magnitude; float32[...].
+    Shapes: ``LEVELS`` float32, the positive levels, at 8 bits then the border below each; float32[...] -> int32[...],
+    of four and eight bits: sign and index of the magnitude; float32[...].
     """
     HALF: constexpr = 1 << (BITS - 1)
     negative = (u < 0).to(tl.int32)
     bits = (u.to(tl.int32, bitcast=True) & 0x7FFFFFFF) - negative
-    index = tl.zeros(u.shape, tl.int32)
-    borders = ()
-    for j in tl.static_range(HALF - 1):
-        borders = borders + (tl.full([], BORDERS[j], tl.int32),)
-    for i in tl.static_range(BITS - 1):  # the half in which it lies, and the half of that
-        above = bits >= borders[(HALF >> (i + 1)) - 1]
-        index = index * 2 + above.to(tl.int32)
-        more, borders = borders, ()
-        for j in tl.static_range((HALF >> (i + 1)) - 1):
-            borders = borders + (tl.where(above, more[j + (HALF >> (i + 1))], more[j]),)
-    level = gather(LEVELS + index, TWIN).to(tl.float32, bitcast=True)
-    if BITS == 4:
-        code = index | (negative << 3)
+    if BITS == 8:
+        index, level = search(bits, LEVELS, TWIN)
+    else:
+        index = tl.zeros(u.shape, tl.int32)
+        borders = ()
+        for j in tl.static_range(HALF - 1):
+            borders = borders + (tl.full([], BORDERS[j], tl.int32),)
+        for i in tl.static_range(BITS - 1):  # the half in which it lies, and the half of that
+            above = bits >= borders[(HALF >> (i + 1)) - 1]
+            index = index * 2 + above.to(tl.int32)
+            more, borders = borders, ()
+            for j in tl.static_range((HALF >> (i + 1)) - 1):
+                borders = borders + (tl.where(above, more[j + (HALF >> (i + 1))], more[j]),)
+        level = gather(LEVELS + index, TWIN).to(tl.float32, bitcast=True)
+    if BITS == 4 or BITS == 8:
+        code = index | (negative << (BITS - 1))
     else:
         code = tl.where(negative != 0, HALF - 1 - index, HALF + index)
     return code, level
+
+
+@triton.jit
+def behind(LEVELS, BITS: constexpr):
+    """Where the values' levels begin, behind those of keys of that width."""
+    return LEVELS + (256 if BITS == 8 else 1 << (BITS - 1))
 
 
 @triton.jit
@@ -168,6 +209,8 @@ def word_bits(pair, unit, b, BITS: constexpr, TILE: constexpr):
     if BITS == 4:
         bits = (pair & 0x70007) << (4 * b)
         bits |= (((pair & 8) << 4) | ((pair >> 16) & 8)) << (8 * b)
+    elif BITS == 8:
+        bits = ((pair >> (16 * TILE)) & 255) << (8 * b)
     elif BITS == 2:
         bits = pair << (4 * b + unit % 2 * 2)
     else:
@@ -187,8 +230,9 @@ def store_words(at, pair, unit, inside, BITS: constexpr, VALUES: constexpr):
     Shapes: pointers[E, 1], int32[E, 32], int32[E, 1] twice.
     """
     E: constexpr = inside.shape[0]
-    TILES: constexpr = 3 if BITS == 3 else 1
-    ACROSS: constexpr = 4 if BITS == 3 else 4 // BITS  # pairs that share tiles: they lie in rows beside each other
+    TILES: constexpr = 3 if BITS == 3 else 2 if BITS == 8 else 1
+    # pairs of planes that share tiles: they lie in rows beside each other
+    ACROSS: constexpr = 4 if BITS == 3 else 2 if BITS == 2 else 1
     column = tl.arange(0, 32)[None, :]
     for tile in tl.static_range(TILES):
         words = at + (unit // ACROSS * TILES + tile) * 256
@@ -339,7 +383,8 @@ def encode_spans(
         first: position of the first token of ``K`` and ``V``.
 
     Shapes: ``K`` / ``V`` [B, H, T, D], ``EXACT_K`` / ``EXACT_V`` [B, H, SINK + RING, D], as before the new tokens;
-    ``LEVELS`` float32, the positive levels of keys, then of values; ``FACTORS`` float32[rows * H, spans, D] of scratch.
+    ``LEVELS`` float32, what :func:`quantize` reads for keys, then for values; ``FACTORS`` float32[rows * H,
+    spans, D] of scratch.
     """
     s = span + tl.program_id(0)
     b = tl.load(MEMBERS + tl.program_id(1) // H).to(tl.int64)
@@ -364,6 +409,6 @@ def encode_spans(
         )  # fmt: skip
     else:
         encode_values(
-            WORDS, TABLE + pages, EXACT_V + held, V + b * v_row + h * v_head, SIGNS, LEVELS + (1 << (KB - 1)),
+            WORDS, TABLE + pages, EXACT_V + held, V + b * v_row + h * v_head, SIGNS, behind(LEVELS, KB),
             at, page, first, v_token, D, KB, VB, SPAN, BLOCK, SINK, RING, VBORDERS, True, TWIN,
         )  # fmt: skip

@@ -1,9 +1,9 @@
 """Launches the decode step's kernels on a state's memory, without a read from the device.
 
-These launches stand behind custom operators, not behind Inductor's TritonTemplate: an attention is two or three kernels,
-the last of them launched while the one before it still runs, and an append writes a dozen tensors of state, where a
-template is one kernel with one output. The two were not measured beside each other; in a CUDA graph neither costs the
-host anything.
+These launches stand behind custom operators, not behind Inductor's TritonTemplate: an attention is two or three
+kernels, the last of them launched while the one before it still runs, and an append writes a dozen tensors of state,
+where a template is one kernel with one output. The two were not measured beside each other; in a CUDA graph neither
+costs the host anything.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sphkv_compile.storage.layout import Layout
 from sphkv_compile.storage.state import State
 
 DIMS = (64, 128, 256)
-BITS = (2, 3, 4)
+BITS = (2, 3, 4, 8)
 CHUNK = 64
 """Spans of one program of ``prepare``."""
 OCCUPANCY = 12
@@ -131,9 +131,9 @@ def attend(
         )  # fmt: skip
     decode[(slices,)](
         q, state.pair_scale, signs, sylvester(device), state.anchors, state.span_scales,
-        state.arena, state.arena.view(torch.int32), state.table, state.held, bias, shown, state.rows, where,
-        state.exact_k, state.exact_v, partial, lse, *numbers, mask_row, h, spans, pages, programs, b * h,
-        TWIN=twin, RING=layout.ring, STAGES=3, IEEE=q.dtype == torch.float32, num_stages=3,
+        state.arena, state.arena.view(torch.int32), words.level_table(device), state.table, state.held, bias, shown,
+        state.rows, where, state.exact_k, state.exact_v, partial, lse, *numbers, mask_row, h, spans, pages, programs,
+        b * h, TWIN=twin, RING=layout.ring, STAGES=3, IEEE=q.dtype == torch.float32, num_stages=3,
         maxnreg=None if twin else REGISTERS, num_warps=(2 if d == 256 else 1) * (4 if twin else 1), **menu, **flags,
     )  # fmt: skip
     combine[(d // tiles.EDGE * g, b * h)](
@@ -202,15 +202,23 @@ def menu_of(tiers: tuple[Tier, ...]) -> dict[str, tuple]:
 
 @lru_cache(None)
 def borders_of(tier: Tier) -> dict[str, tuple]:
-    """Positive borders of both widths, as bits: what the encoders compare with."""
+    """Positive borders of both widths, as bits: what the encoders compare with. Those of 8 bits lie in memory."""
     widths = (("KBORDERS", tier.k_bits), ("VBORDERS", tier.v_bits))
-    return {name: tuple(thresholds(bits)[1 << (bits - 1) :].view(torch.int32).tolist()) for name, bits in widths}
+    return {
+        name: () if bits == 8 else tuple(thresholds(bits)[1 << (bits - 1) :].view(torch.int32).tolist())
+        for name, bits in widths
+    }
 
 
 @lru_cache(None)
 def levels_of(tier: Tier, device: torch.device) -> Tensor:
-    """Positive levels of keys, then of values. Shapes: -> float32[n]."""
-    return torch.cat([levels(bits)[1 << (bits - 1) :] for bits in (tier.k_bits, tier.v_bits)]).float().to(device)
+    """Positive levels of keys, at 8 bits then the border below each, and the same of values. Shapes: -> float32[n]."""
+    parts = []
+    for bits in (tier.k_bits, tier.v_bits):
+        parts.append(levels(bits)[1 << (bits - 1) :])
+        if bits == 8:
+            parts.append(torch.cat([torch.zeros(1), thresholds(bits)[1 << (bits - 1) :]]))
+    return torch.cat(parts).to(device)
 
 
 def encoding_block(layout: Layout, dim: int) -> dict[str, int]:

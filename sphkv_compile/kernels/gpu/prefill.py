@@ -106,7 +106,7 @@ def turn_queries(
 
 
 @triton.jit
-def tile(at, BITS: constexpr, D: constexpr, VALUES: constexpr, TWIN: constexpr):
+def tile(at, LEVELS, BITS: constexpr, D: constexpr, VALUES: constexpr, TWIN: constexpr):
     """A page's keys, or its values turned around, in units of the width's step.
 
     Shapes: -> float16[64, D], or float16[D, 64].
@@ -117,7 +117,7 @@ def tile(at, BITS: constexpr, D: constexpr, VALUES: constexpr, TWIN: constexpr):
     INNER: constexpr = 2 if GROUP > DQ else 1  # token groups that share a word
     group = tl.arange(0, 2 * DQ // GROUP)[:, None, None]
     at = at + group * (TILES * 256) + tl.arange(0, 32)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
-    parts = elements(at, BITS, TWIN)
+    parts = elements(at, LEVELS, BITS, TWIN)
     for i in tl.static_range(5 if BITS == 3 else 6 - BITS.bit_length()):
         joined = ()
         for j in tl.static_range((16 if BITS == 3 else 16 // BITS) >> i):
@@ -143,7 +143,7 @@ def weigh(x, top, total):
 
 @triton.jit
 def coded_pages(
-    q, top, total, acc, WORDS, TABLE, ANCHORS, STEPS, bits, lo, hi, begin, base, low, stop,
+    q, top, total, acc, WORDS, LEVELS, TABLE, ANCHORS, STEPS, bits, lo, hi, begin, base, low, stop,
     page, end, skip, skipped, NS, NP,
     D: constexpr, KB: constexpr, VB: constexpr, SPAN: constexpr, KSTEP: constexpr,
     TWIN: constexpr,
@@ -182,14 +182,14 @@ def coded_pages(
                 radius = (meta & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
                 weight = (meta >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
                 own = tl.sum(tl.where((j == t // PER_SPAN - some * AT_ONCE)[None, :], same, 0.0), 1)
-                k = tile(words, KB, D, False, TWIN) * radius[:, None]
+                k = tile(words, LEVELS, KB, D, False, TWIN) * radius[:, None]
                 x = tl.dot(q, tl.trans(k)) + own[:, None]
                 if EDGE:
                     token = t * 64 + i
                     seen = visible(bits, lo, hi, begin + t * 64 - base, 64, MASKED)
                     x = tl.where(seen & ((token >= low) & (token < stop))[None, :], x, HIDDEN)
                 p, top, total, shrink = weigh(x, top, total)
-                v = tile(words + WORDS_K, VB, D, True, TWIN)
+                v = tile(words + WORDS_K, LEVELS, VB, D, True, TWIN)
                 acc = tl.dot((p * weight[None, :]).to(tl.float16), tl.trans(v), acc * shrink[:, None])
                 unit = unit_ahead
     return top, total, acc
@@ -205,7 +205,7 @@ def exact_tokens(q, k, v, top, total, acc, seen, qscale, PRECISION: constexpr):
 
 @triton.jit(do_not_specialize=["first", "base_", "columns", "T"])
 def prefill(
-    Q, K, V, TURNED, WORDS, TABLE, ANCHORS, STEPS, EXACT_K, EXACT_V, SIGNS, COUNTERS, LO, HI, BITS, OUT, LSE,
+    Q, K, V, TURNED, WORDS, LEVELS, TABLE, ANCHORS, STEPS, EXACT_K, EXACT_V, SIGNS, COUNTERS, LO, HI, BITS, OUT, LSE,
     first, base_, columns, T, qscale, q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token,
     bound_row, bound_token, bits_row, bits_token, H, NS, NP,
     G: constexpr, D: constexpr, KB: constexpr, VB: constexpr, SPAN: constexpr, SINK: constexpr, RING: constexpr,
@@ -267,13 +267,13 @@ def prefill(
         anchors = ANCHORS + bh * NS * D
         steps = STEPS + bh * NS * 2
         top, total, acc = coded_pages(
-            q, top, total, acc, WORDS, heads, anchors, steps, bits, lo, hi, begin, base, low, stop,
+            q, top, total, acc, WORDS, LEVELS, heads, anchors, steps, bits, lo, hi, begin, base, low, stop,
             page, end, whole, after - whole, NS, NP, D, KB, VB, SPAN, KSTEP, TWIN,
             True, MASKED, STAGES,
         )  # fmt: skip
         if not MASKED:
             top, total, acc = coded_pages(
-                q, top, total, acc, WORDS, heads, anchors, steps, bits, lo, hi, begin, base, low, stop,
+                q, top, total, acc, WORDS, LEVELS, heads, anchors, steps, bits, lo, hi, begin, base, low, stop,
                 whole, after, after, 0, NS, NP, D, KB, VB, SPAN, KSTEP, TWIN,
                 False, False, STAGES,
             )  # fmt: skip

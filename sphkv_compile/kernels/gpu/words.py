@@ -1,18 +1,21 @@
 """From a tile's words to float16 planes: inline assembly where the device converts e4m3, a Triton twin everywhere else.
 
 Both give the same bits. The layouts are those of :mod:`sphkv_compile.storage.tiles`; a level is an e4m3 number times
-the width's step (:func:`sphkv_compile.codecs.codebook.byte_table`), and the step is left to the caller.
+the width's step (:func:`sphkv_compile.codecs.codebook.byte_table`), and the step is left to the caller. At 8 bits a
+level is the codec's own, rounded to float16: no permute chooses among so many, so they lie in memory.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.core import constexpr
 
-from sphkv_compile.codecs.codebook import byte_table, e4m3_value
+from sphkv_compile.codecs.codebook import byte_table, e4m3_value, levels
 
 
 def _word(table: tuple[int, ...]) -> str:
@@ -35,8 +38,24 @@ def lookup(bits: int) -> tuple[float, ...]:
 
 @lru_cache(None)
 def step(bits: int) -> float:
-    """What an e4m3 number is multiplied by to give a level."""
-    return byte_table(bits)[1]
+    """What a decoded number is multiplied by to give a level."""
+    return 1.0 if bits == 8 else byte_table(bits)[1]
+
+
+@lru_cache(None)
+def level_table(device: torch.device) -> Tensor:
+    """The positive levels of 8 bits in float16, from a multiple of 256 bytes on, and behind them their own address.
+
+    Signs have a bit of their own, so that the table is two lines of the first-level cache and not four: 32 threads read
+    it at once, each where its code says.
+
+    Shapes: -> int64[33].
+    """
+    room = torch.empty(33 + 31, dtype=torch.int64, device=device)
+    table = room[-room.data_ptr() % 256 // 8 :][:33]
+    table[:32] = levels(8)[128:].half().view(torch.int64).to(device)
+    table[32] = table.data_ptr()
+    return table
 
 
 # The high half of a word copied down by a float16 multiplication by one: it runs beside the permutes, not before them.
@@ -62,7 +81,7 @@ def _convert(source: str, first: int) -> str:
 @lru_cache(None)
 def assembly(bits: int) -> str:
     """PTX that turns the words of one group of tiles into its planes: two registers of float16 pairs each."""
-    lines = {4: _assembly4, 3: _assembly3, 2: _assembly2}[bits]()
+    lines = {8: _assembly8, 4: _assembly4, 3: _assembly3, 2: _assembly2}[bits]()
     return "{\n" + "\n".join(lines) + "\n}"
 
 
@@ -73,6 +92,24 @@ def _kept(register: str, word: str) -> list[str]:
         f"mov.u32 {register}, %lanemask_eq; popc.b32 {register}, {register};",
         f"add.u32 {register}, {register}, {hex(int(word, 16) - 1)};",
     ]
+
+
+def _assembly8() -> list[str]:
+    """The address of the levels is the second operand; its low byte is the element's, so that a permute adds them."""
+    lines = [
+        ".reg .b32 m, s, t, low, high; .reg .b64 a; .reg .b16 h0, h1;",
+        "mov.b64 {low, high}, $3;",
+        "shl.b32 m, $2, 1; and.b32 m, m, 0xfefefefe;",
+    ]
+    for pair in range(2):
+        for i in range(2):
+            selector = hex(0x7650 + 2 * pair + i)
+            lines.append(f"prmt.b32 t, m, low, {selector}; mov.b64 a, {{t, high}}; ld.global.nc.b16 h{i}, [a];")
+        lines += [
+            f"prmt.b32 s, $2, 0, {hex(0x1404 + 0x2020 * pair)};",
+            f"mov.b32 t, {{h0, h1}}; lop3.b32 ${pair}, t, s, 0x80008000, 0xF8;",
+        ]
+    return lines
 
 
 def _assembly4() -> list[str]:
@@ -132,14 +169,21 @@ def _assembly3() -> list[str]:
     return lines + pair(12)
 
 
-ASSEMBLY2, ASSEMBLY3, ASSEMBLY4 = (constexpr(assembly(bits)) for bits in (2, 3, 4))
+ASSEMBLY2, ASSEMBLY3, ASSEMBLY4, ASSEMBLY8 = (constexpr(assembly(bits)) for bits in (2, 3, 4, 8))
 TABLE2, TABLE3, TABLE4 = (constexpr(lookup(bits)) for bits in (2, 3, 4))
 
 
 @triton.jit
-def _assembly_planes(at, BITS: constexpr):
+def _assembly_planes(at, LEVELS, BITS: constexpr):
     """Planes of one group of tiles, by inline assembly: 4 bytes of a row are one word in the register that it reads."""
-    if BITS == 4:
+    if BITS == 8:
+        # What assembly reads must have been loaded, or the compiler brings what it gives through shared memory: so the
+        # address of the levels is itself in memory. It is read once, before the loop.
+        levels = tl.broadcast_to(tl.load(LEVELS + 32 + tl.zeros([1, 1], tl.int32)), at.shape)
+        out = tl.inline_asm_elementwise(
+            ASSEMBLY8, "=r,=r,r,l,l,l,l", [tl.load(at), levels], dtype=(tl.float16,), is_pure=True, pack=4
+        )
+    elif BITS == 4:
         out = tl.inline_asm_elementwise(
             ASSEMBLY4, "=r,=r,=r,=r,r", [tl.load(at)], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
         )
@@ -187,7 +231,17 @@ def _signed(word, PLACE: constexpr, SIGN: constexpr, TABLE: constexpr):
 
 
 @triton.jit
-def _twin(at, BITS: constexpr):
+def _looked_up(word, LEVELS):
+    """The elements at the bytes of every word: a sign above the number of a magnitude."""
+    out = ()
+    for e in tl.static_range(4):
+        magnitude = tl.load(LEVELS.to(tl.pointer_type(tl.float16)) + ((word >> (8 * e)) & 127))
+        out = out + (tl.where(((word >> (8 * e + 7)) & 1) == 1, -magnitude, magnitude),)
+    return out
+
+
+@triton.jit
+def _twin(at, LEVELS, BITS: constexpr):
     """Elements of words in Triton alone: for devices without e4m3 conversion, and for the interpreter.
 
     Args:
@@ -196,7 +250,9 @@ def _twin(at, BITS: constexpr):
     Shapes: -> float16[...], four for each plane.
     """
     w = tl.load(at)
-    if BITS == 4:
+    if BITS == 8:
+        out = _looked_up(w, LEVELS)
+    elif BITS == 4:
         out = _signed(w, 0, 7, TABLE4) + _signed(w, 16, 3, TABLE4)
     elif BITS == 2:
         out = (
@@ -217,9 +273,9 @@ def _twin(at, BITS: constexpr):
 
 
 @triton.jit
-def _twin_planes(at, BITS: constexpr, PLANES: constexpr):
+def _twin_planes(at, LEVELS, BITS: constexpr, PLANES: constexpr):
     """Planes of one group of tiles. Shapes: ``at`` [32, 8] -> PLANES times float16[32, 32]."""
-    e = _twin(at, BITS)
+    e = _twin(at, LEVELS, BITS)
     out = ()
     for p in tl.static_range(PLANES):
         row = tl.join(tl.join(e[4 * p], e[4 * p + 2]), tl.join(e[4 * p + 1], e[4 * p + 3]))
@@ -235,20 +291,26 @@ def _halves(pair):
 
 
 @triton.jit
-def elements(at, BITS: constexpr, TWIN: constexpr):
+def elements(at, LEVELS, BITS: constexpr, TWIN: constexpr):
     """Elements of words, wherever a layout puts them: each word is decoded by the thread that has it.
 
     Args:
         at: pointers int32[...] to the words of the first tile of each group.
+        LEVELS: :func:`level_table`, which 8 bits alone read.
         TWIN: whether to decode without assembly.
 
     Shapes: -> float16[...], four for each plane of a group, in units of the width's step.
     """
     if TWIN:
-        out = _twin(at, BITS)
+        out = _twin(at, LEVELS, BITS)
     else:
         out = ()
-        if BITS == 4:
+        if BITS == 8:
+            pairs = tl.inline_asm_elementwise(
+                ASSEMBLY8, "=r,=r,r,l", [tl.load(at), LEVELS.to(tl.int64)], dtype=(tl.int32, tl.int32), is_pure=True,
+                pack=1,
+            )  # fmt: skip
+        elif BITS == 4:
             pairs = tl.inline_asm_elementwise(
                 ASSEMBLY4, "=r,=r,=r,=r,r", [tl.load(at)], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True,
                 pack=1,
@@ -275,11 +337,12 @@ def elements(at, BITS: constexpr, TWIN: constexpr):
 
 
 @triton.jit
-def planes(BYTES, WORDS, row, BITS: constexpr, PLANES: constexpr, TWIN: constexpr):
+def planes(BYTES, WORDS, LEVELS, row, BITS: constexpr, PLANES: constexpr, TWIN: constexpr):
     """The planes of one operand of a page.
 
     Args:
         BYTES, WORDS: its first byte, as pointers to uint8 and to int32.
+        LEVELS: :func:`level_table`, which 8 bits alone read.
         row: of a plane that comes first, second, ...; int32[32].
         PLANES: 64 * D / 1024.
         TWIN: whether to decode without assembly.
@@ -292,11 +355,11 @@ def planes(BYTES, WORDS, row, BITS: constexpr, PLANES: constexpr, TWIN: constexp
     if TWIN:
         place = (row * 8)[:, None] + tl.arange(0, 8)[None, :]
         for i in tl.static_range(PLANES // GROUP):
-            out = out + _twin_planes(WORDS + i * (TILES * 256) + place, BITS, GROUP)
+            out = out + _twin_planes(WORDS + i * (TILES * 256) + place, LEVELS, BITS, GROUP)
     else:
         place = (row * 32)[:, None] + tl.arange(0, 32)[None, :]
         for i in tl.static_range(PLANES // GROUP):
-            out = out + _assembly_planes(BYTES + i * (TILES * 1024) + place, BITS)
+            out = out + _assembly_planes(BYTES + i * (TILES * 1024) + place, LEVELS, BITS)
     return out
 
 
