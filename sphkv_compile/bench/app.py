@@ -40,12 +40,17 @@ def attention(
 
     menu, spreads = tiers.split(","), [float(x) for x in spread.split(",")]
     shapes = numbers(batch), numbers(length), numbers(dim)
-    rows, missing = bench.run(*shapes, menu, spreads, ragged, peers, heads, group)
+    rows: list[dict[str, Any]] = []
+    missing: dict[str, str] = {}
+    record = {**header("cuda"), "peers_missing": missing, "rows": rows}
+    for row in bench.run(*shapes, menu, spreads, ragged, peers, heads, group, missing):
+        rows.append(row)
+        save(record, "attention", name, out)  # after every row: what was measured is kept
     wide = Console(width=max(console.width, 130))
     wide.print(f"{torch.cuda.get_device_name()}: reads {rows[0]['ceiling_tbps']:.2f} TB/s", bench.table(rows))
     for peer, reason in missing.items():
         wide.print(f"not measured: {peer}: {reason}", markup=False)
-    wrote(save({**header("cuda"), "peers_missing": missing, "rows": rows}, "attention", name, out))
+    wrote(save(record, "attention", name, out))
 
 
 @app.command()

@@ -8,7 +8,7 @@ are against float64 attention over the dequantised cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -204,11 +204,10 @@ def peer_rows(
 
 def run(
     batches: list[int], lengths_: list[int], dims: list[int], tiers: list[str], spreads: list[float],
-    ragged: bool, peers: bool, heads: int, group: int,
-) -> tuple[list[dict[str, Any]], dict[str, str]]:  # fmt: skip
-    """Every row, and the peers that are missing, with the reason."""
-    ceiling, rows = clock.read_ceiling(), []
-    missing: dict[str, str] = {}
+    ragged: bool, peers: bool, heads: int, group: int, missing: dict[str, str],
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Every row as soon as it is measured; ``missing`` gets the peers that do not run, with the reason."""
+    ceiling = clock.read_ceiling()
     for shape in ((b, length, heads, group, d) for d in dims for b in batches for length in lengths_):
         dense_us, which = clock.dense_time(*shape)
         torch.cuda.empty_cache()
@@ -218,11 +217,11 @@ def run(
             for spread, uneven in [(spread, False) for spread in spreads] + [(SPREAD, True)] * uneven_too:
                 row = measure(tier, shape, dense_us, spread, uneven)
                 # dense reads a padded batch whole; that it would need a mask besides is not held against it
-                rows.append(row | {"dense": f"{which}, padded" if uneven else which, "ceiling_tbps": ceiling})
+                yield row | {"dense": f"{which}, padded" if uneven else which, "ceiling_tbps": ceiling}
                 torch.cuda.empty_cache()
         if peers:
-            rows += [row | {"dense": which, "ceiling_tbps": ceiling} for row in peer_rows(shape, dense_us, missing)]
-    return rows, missing
+            for row in peer_rows(shape, dense_us, missing):
+                yield row | {"dense": which, "ceiling_tbps": ceiling}
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
