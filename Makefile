@@ -23,7 +23,7 @@ demo: $(VENV)/installed
 
 # One thread a worker: with more, the workers' OpenMP pools fight over the cores.
 test: $(VENV)/installed-tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 test-slow: $(VENV)/installed-tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)

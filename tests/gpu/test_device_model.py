@@ -51,9 +51,9 @@ def test_fused_and_portable_agree(kind, monkeypatch):
     fused = run(kind, monkeypatch=monkeypatch)
     portable = run(kind, fused=False, monkeypatch=monkeypatch)
     # float16 products move some keys over a border, and then a code: noise of 3e-4 in attention's output gives 3e-3
-    # here, by the portable path alone. Another token in a span gives 6e-2 and more.
+    # here, 3e-2 at worst, by the portable path alone. Another token in a span gives 6e-2, 0.3 at worst, and more.
     gap = (fused - portable).norm(dim=-1) / portable.norm(dim=-1)
-    assert gap.mean() < 1e-2
+    assert gap.mean() < 1e-2 and gap.max() < 5e-2
 
 
 @pytest.mark.parametrize("kind", [StaticCache])

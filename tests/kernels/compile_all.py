@@ -29,7 +29,7 @@ TYPES = {
     torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg", "enable_fp_fusion")
-CONFIGURATIONS = [  # tier or menu of kept tokens, head_dim, dtype, masked, rolling
+CONFIGURATIONS = [  # tier or menu of kept tokens, head_dim, dtype, masked, rolling; kv heads, columns where not usual
     ("K4V4", 128, torch.bfloat16, True, False),
     ("K4V4", 128, torch.bfloat16, False, False),
     ("K4V2", 128, torch.float16, False, False),
@@ -45,6 +45,9 @@ CONFIGURATIONS = [  # tier or menu of kept tokens, head_dim, dtype, masked, roll
     ("K8V4", 128, torch.bfloat16, False, False),
     ("K8V8", 64, torch.bfloat16, True, False),
     ("K8V4", 256, torch.float16, True, True),
+    ("K4V4/K4V2", 128, torch.bfloat16, False, False, 1, 300),  # numbers that are 1 are known to the compiler
+    ("K4V4/K4V2", 128, torch.bfloat16, False, False, 1, 500),
+    ("K4V4", 128, torch.bfloat16, True, False, 512, 1024),  # every part looks at a thousand rows and heads
 ]
 
 
@@ -58,12 +61,12 @@ class Recorder:
         return lambda *args, **kwargs: self.calls.append((self.kernel, args, kwargs))
 
 
-def launches(capability, tier, dim, dtype, masked, rolling):
+def launches(capability, tier, dim, dtype, masked, rolling, heads=8, columns=4096):
     """What one decode step and one chunk of a prefill launch, on tensors that hold nothing."""
     menu = tuple(map(Tier.parse, tier.split("/")))
     layout = Layout("axis_cosine", menu, 4, 128, 128, 64, 0, "half", dim, "tiles", kept=len(menu) > 1)
     batch = 2 if masked else 1  # two rows are divided by a list
-    geometry = Geometry(batch, 8, 4096, dim, dim, dtype, dtype, rolling)
+    geometry = Geometry(batch, heads, columns, dim, dim, dtype, dtype, rolling)
     state, calls = empty_state(layout, geometry, torch.zeros(1 << 16, dtype=torch.uint8)), []
     for module, names in (
         (launch, ("prepare", "decode", "combine")),
@@ -75,22 +78,24 @@ def launches(capability, tier, dim, dtype, masked, rolling):
             setattr(module, name, Recorder(kernel.kernel if isinstance(kernel, Recorder) else kernel, calls))
     launch.converts, launch._depends = (lambda device: capability >= 89), (lambda device: capability >= 90)
     bulk.converts = launch.converts
-    bulk.processors = lambda device: 132
-    q, (k, v) = torch.zeros(batch, 32, 1, dim, dtype=dtype), torch.zeros(2, batch, 8, 1, dim, dtype=dtype)
-    mask = torch.zeros(1, 1, 1, 4096, dtype=torch.bool) if masked else None
+    launch.processors = bulk.processors = lambda device: 132
+    q, k, v = (torch.zeros(batch, n * heads, 1, dim, dtype=dtype) for n in (4, 1, 1))
+    mask = torch.zeros(1, 1, 1, columns, dtype=torch.bool) if masked else None
     pos = torch.zeros(1, dtype=torch.int64)
-    launch.attend(state, layout, q, k, v, pos, None, 4096, mask, None, rolling)
+    launch.attend(state, layout, q, k, v, pos, None, columns, mask, None, rolling)
     launch.append(state, layout, q, k, v, pos, None, mask, rolling)
-    q, (k, v) = torch.zeros(1, 32, 256, dim, dtype=dtype), torch.zeros(2, 1, 8, 256, dim, dtype=dtype)
-    mask = torch.zeros(1, 1, 256, 4096, dtype=torch.bool)
+    if heads != 8:  # the others are the same
+        return calls
+    q, k, v = (torch.zeros(1, n * heads, 256, dim, dtype=dtype) for n in (4, 1, 1))
+    mask = torch.zeros(1, 1, 256, columns, dtype=torch.bool)
     bulk.encode(state, layout, torch.zeros(1, dtype=torch.int64), k, v, 4, range(1), 0)
-    lo, hi, _ = bulk.extents_of(mask, 4096)
+    lo, hi, _ = bulk.extents_of(mask, columns)
     bits = torch.zeros(1, 256, 134, dtype=torch.int32) if masked else None
     if not layout.kept:
         bounds = (lo, hi, bits) if masked or rolling else (None, None, None)
-        bulk.over_codes(state, layout, q, k, v, 2000, 0, 4096, not masked, None, *bounds)
+        bulk.over_codes(state, layout, q, k, v, 2000, 0, columns, not masked, None, *bounds)
         few = (x[:, :, :4] for x in (q, k, v))  # so few queries that a row is cut into parts
-        bulk.over_codes(state, layout, *few, 2000, 0, 4096, False, None, lo[:, :4], hi[:, :4], None)
+        bulk.over_codes(state, layout, *few, 2000, 0, columns, False, None, lo[:, :4], hi[:, :4], None)
     return calls
 
 
@@ -134,6 +139,7 @@ def report(code, capability):
         "kwidths": sorted(set(re.findall(r"dot_op<\{opIdx = 0, parent = #\w+, kWidth = (\d)", code.asm["ttgir"]))),
         "decoded_kwidths": decoded_kwidths(code.asm["ttgir"]),
         "overhanging": overhanging(code.asm["ttgir"]),
+        "transposed": transposed(code.asm["ttgir"]),
     }
 
 
@@ -142,6 +148,14 @@ def overhanging(text):
     warps = dict(re.findall(r"^(#\w+) = #ttg.nvidia_mma<.*warpsPerCTA = \[(\d+)", text, re.M))
     products = re.findall(r"warp_group_dot .*-> tensor<(\d+)x\d+xf32, (#\w+)>", text)
     return [(int(rows), int(warps[layout])) for rows, layout in products if int(rows) < 16 * int(warps[layout])]
+
+
+def transposed(text):
+    """Layouts of what one instruction transposes in tiles of 8 x 8: it holds for those of a product's result alone."""
+    layouts = dict(re.findall(r"^(#\w+) = #ttg\.(nvidia_mma<.*)$", text, re.M))
+    found = re.findall(r"elementwise_inline_asm \"movmatrix.*-> tensor<\w+xf16, (#\w+)>", text)
+    shapes = (re.search(r"versionMajor = (\d).*instrShape = \[([\d, ]+)\]", layouts.get(name, "")) for name in found)
+    return sorted({shape.groups() if shape else "none" for shape in shapes})
 
 
 def decoded_kwidths(text):

@@ -41,12 +41,12 @@ BLACKWELL = {"append": 400, "encode_spans": 304, "prefill": 64, "decode": 12}
 
 def allowed(kernel, configuration, capability):
     """Bytes that may be spilled."""
-    tier, dim, dtype, masked, _ = configuration
+    tier, dim, dtype, masked = configuration[:4]
     single = dtype == "torch.float32"
     if "8" in tier and capability >= 89:
         return EIGHT.get(kernel, 0)
     if dim == 256:
-        return WIDE.get(kernel, TWIN if kernel == "decode" and capability < 89 else 0)
+        return TWIN if kernel == "decode" and capability < 89 else WIDE.get(kernel, 0)
     if capability >= 100:
         return BLACKWELL.get(kernel, 0)
     if kernel == "prefill" and dim == 128 and masked:
@@ -70,7 +70,7 @@ def check(rows, capability):
         assert row["wgmma"] == 0 and row["mma"] > 0, row  # wgmma reads codes in another layout, and gives other results
         if capability >= 89:
             # a register of inline assembly must be four bytes of one row: any other width decodes to garbage
-            assert row["decoded_kwidths"] == ["4"], row
+            assert row["decoded_kwidths"] == ["4"] and row["transposed"] == [["2", "16, 8"]], row
             assert (row["e4m3"] > 0) == (row["of"][0] != "K8V8"), row  # of which every level is looked up
         else:
             assert row["decoded_kwidths"] == [] and row["e4m3"] == 0, row

@@ -92,6 +92,51 @@ def test_attention_against_float64(tier, dim, group, dtype, masked, count):
     assert float((out - want).norm() / want.norm()) < 1e-3  # float16 products; a wrong token gives over 1e-2
 
 
+def rows_of(held, heads, dim, span, count):
+    """A row for each number of tokens that it holds, the newest ones; none for 0. Its new token, and what it reads."""
+    b = len(held)
+    layout = Layout("axis_cosine", (Tier(4, 4),), SINK, WINDOW, span, 64, 0, "half", dim, "tiles")
+    state = shuffled_state(layout, Geometry(b, heads, count + 1, dim, dim, *2 * (torch.float32,), False), seed=1)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(b, heads, count + 1, dim, generator=generator) for _ in range(3))
+    append(state, layout, *part((q, k, v), 0, count), 0, [count - n if n else -1 for n in held])
+    return state, layout, part((q, k, v), count, count + 1)
+
+
+@pytest.mark.parametrize(
+    ("held", "heads", "span", "count", "processors"),
+    [
+        ((400, 0, 40), 1, 128, 400, 2),  # three rows, of which one holds nothing and one no code
+        ((400, 170, 300), 3, 64, 400, 2),  # nine heads, more parts than some have pages
+        ((1300,), 1, 64, 1300, 0),  # one part of nineteen spans
+        ((1300, 200, 1250), 1, 64, 1300, 0),
+    ],
+)
+def test_rows_that_hold_unequal_numbers(held, heads, span, count, processors, monkeypatch):
+    """Bugs: a row's parts lost or another's taken, anchors beyond the sixteenth span of a part."""
+    monkeypatch.setattr(launch, "processors", lambda device: processors)
+    state, layout, (q, k, v) = rows_of(held, heads, 64, span, count)
+    out = launch.attend(state, layout, q, k, v, torch.tensor([count]), None, count + 1, None, None, False)
+    keys, values = dense(state, layout, count + 1)
+    keys[:, :, count], values[:, :, count] = k[:, :, 0], v[:, :, 0]
+    column = torch.arange(count + 1)
+    seen = torch.stack([(column >= count - n) | (column == count) for n in held])[:, None, None]
+    want = attention(q, keys, values, seen, False, None)
+    assert float((out - want).norm() / want.norm()) < 1e-3
+
+
+@pytest.mark.parametrize(("size", "scale"), [(2e4, 1e-7), (1e5, 1e-8)])
+def test_large_queries_stay_finite(size, scale):
+    """Bug: queries that are float16 before the logits' factor made them small."""
+    state, layout, (q, k, v) = rows_of((300,), 1, 128, 128, 300)
+    q = q * size
+    out = launch.attend(state, layout, q, k, v, torch.tensor([300]), None, 301, None, scale, False)
+    keys, values = dense(state, layout, 301)
+    keys[:, :, 300], values[:, :, 300] = k[:, :, 0], v[:, :, 0]
+    want = attention(q, keys, values, torch.ones(1, 1, 1, 301, dtype=torch.bool), False, scale)
+    assert float((out - want).norm() / want.norm()) < 2e-3
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_new_position_may_be_a_tensor_a_number_or_the_counters_own(masked):
     state, layout = make("K4V4", 64)

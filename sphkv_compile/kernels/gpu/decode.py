@@ -93,8 +93,10 @@ def first_programs(
         work += tl.minimum(tl.maximum(spans, 0) * (SPAN // 64), NP)
     before = tl.cumsum(work, 0) - work
     total = tl.maximum(tl.sum(work, 0), 1)
-    # in float32, which keeps the order: two programs that differ in rounding only would differ in nothing else
-    each = tl.div_rn((PROGRAMS - ROWS_HEADS).to(tl.float32), total.to(tl.float32))
+    # float32 keeps the order, and one more for each row keeps equal numbers apart; decode and combine find the same.
+    # The spare programs come as a tensor: what is 1 in a launch is a number of the compiler's.
+    spare = total * 0 + (PROGRAMS - ROWS_HEADS)
+    each = tl.div_rn(spare.to(tl.float32), total.to(tl.float32))
     return tl.where(there, (before.to(tl.float32) * each).to(tl.int32) + i, PROGRAMS)
 
 
@@ -182,16 +184,16 @@ def exact_part(
 
 @triton.jit
 def token_of(row):
-    """The token of a page's half that row 0..31 of its logits stands for: see :func:`turn_tiles`."""
+    """The token of a page's half, or the dim, that row 0..31 stands for in what goes to :func:`turn_tiles`."""
     return (row & 16) | ((row & 6) << 1) | ((row & 8) >> 2) | (row & 1)
 
 
 @triton.jit
 def turn_tiles(p, TWIN: constexpr):
-    """Weights from where a product leaves them to where the next one takes them, without shared memory.
+    """A product's result from where it lies to where the next product takes it, without shared memory.
 
-    A product leaves a thread two heads of one token, the next takes four tokens of one head. Each tile of 8 x 8 is
-    transposed among the threads by one instruction, and rows are in the order of :func:`token_of`, so that what a
+    A product leaves a thread two heads of a token (or dim), the next takes four tokens of one head. Each tile of 8 x 8
+    is transposed among the threads by one instruction, and rows are in the order of :func:`token_of`, so that what a
     thread then holds of its tiles are neighbouring tokens.
 
     Shapes: float16[32, 8], rows as :func:`token_of` -> float16[32, 8], rows in order.
@@ -222,7 +224,7 @@ def across(x, DQ: constexpr):
 
 @triton.jit
 def groups(x, DQ: constexpr):
-    """Shapes: [32, N, DQ] -> DQ times [32, N]."""
+    """Shapes: [M, N, DQ] -> DQ times [M, N]."""
     if DQ == 2:
         return tl.split(x)
     else:
@@ -252,15 +254,16 @@ def turned_queries(
     # all groups of 32 dims by one load: several would each wait for memory and for the one before
     d = i[:, None, None] + tl.arange(0, DQ)[None, None, :] * 32
     q = tl.load(Q + g[None, :, None] * q_head + d, mask=(g < G)[None, :, None], other=0.0)
-    x = groups(q.to(tl.float32) * (tl.load(SCALE + d) * tl.load(SIGNS + d)), DQ)
+    # the logits' factor first: nothing that is ever float16 exceeds what the turned queries are
+    scale = tl.load(SCALE + d) * tl.load(SIGNS + d) * (factor * 4 * D**-0.5)
+    x = groups(q.to(tl.float32) * scale, DQ)
     inner = tl.load(SYLVESTER + token_of(i)[:, None] * 32 + i[None, :])
     x = across(x, DQ)
     out = ()
     for j in tl.static_range(DQ):
         high = x[j].to(tl.float16)  # float16 and what it leaves: the turn itself loses nothing
         rest = (x[j] - high.to(tl.float32)).to(tl.float16)
-        turned = tl.dot(inner, rest, tl.dot(inner, high)) * (factor * 4 * D**-0.5)
-        out = out + (turn_tiles(turned.to(tl.float16), TWIN),)
+        out = out + (turn_tiles(tl.dot(inner, rest, tl.dot(inner, high)).to(tl.float16), TWIN),)
     return out
 
 
@@ -294,14 +297,8 @@ def anchor_products(
 
 
 @triton.jit
-def shown(MASK, column, inside, columns):
-    """Whether a mask shows columns; it shows none where ``inside`` is false. Shapes: int32[n], bool[n] -> bool[n]."""
-    return tl.load(MASK + column, mask=inside & (column >= 0) & (column < columns), other=0) != 0
-
-
-@triton.jit
 def pages(
-    q, top, total, acc, BYTES, WORDS, LEVELS, TABLE, BIAS, MASK, page, end, low, stop, begin, base, columns, NP,
+    q, top, total, acc, BYTES, WORDS, LEVELS, TABLE, BIAS, MASK, page, end, low, stop, begin, base, NP,
     D: constexpr, N: constexpr, KB: constexpr, VB: constexpr, KSTEP: constexpr, RATIO: constexpr, SPAN: constexpr,
     TWIN: constexpr, ROLLING: constexpr, MASKED: constexpr, KEPT: constexpr, STAGES: constexpr,
 ):  # fmt: skip
@@ -332,9 +329,9 @@ def pages(
             word = WORDS + unit.to(tl.int64) * 16
             if MASKED and not KEPT:
                 token = t * 64 + i
-                seen0 = shown(MASK, begin - base + token, (token >= low) & (token < stop), columns)
+                shown0 = tl.load(MASK + token, mask=(token >= low) & (token < stop), other=0)
                 token += 32
-                seen1 = shown(MASK, begin - base + token, (token >= low) & (token < stop), columns)
+                shown1 = tl.load(MASK + token, mask=(token >= low) & (token < stop), other=0)
             k = planes(at, word, LEVELS, i, KB, 2 * DQ, TWIN)
             meta = word + (KBYTES + VBYTES) // 4
             x = ()
@@ -349,14 +346,12 @@ def pages(
                     seen = (token >= low) & (token < stop)  # an empty slot has a negative position
                     stood = tl.where(seen, token, 0).to(tl.uint32)  # unsigned: its quotient is a shift
                     if MASKED:
-                        column = begin - base + token
-                        seen = seen & (column >= 0) & (column < columns)
-                        seen = seen & (gather_byte(MASK + tl.where(seen, column, 0), TWIN) != 0)
+                        seen = seen & (gather_byte(MASK + tl.where(seen, token, base - begin), TWIN) != 0)
                     own = gather(BIAS + (stood // SPAN * N)[:, None] + g[None, :], TWIN).to(tl.float32, bitcast=True)
                 else:
                     own = bias[None, :]
                     if MASKED:
-                        seen = seen1 if half else seen0
+                        seen = (shown1 if half else shown0) != 0
                 logits = logits * (low_half(both) * KSTEP)[:, None] + own
                 if KEPT or MASKED:
                     logits = tl.where(seen[:, None], logits, HIDDEN)
@@ -412,6 +407,9 @@ def coded_part(
     for _ in tl.static_range(DQ):
         acc = acc + (tl.zeros([32, N], tl.float32),)
     low, stop = coded_range(begin, spans, first, base, NS, SPAN)
+    if MASKED:  # from here on it is a mask of tokens, from span 0 on
+        MASK += begin - base
+        stop = tl.maximum(low, tl.minimum(stop, columns + base - begin))
     if KEPT:  # pages by tier, the narrowest first, so that a new span's follow all others
         NT: constexpr = len(KBITS)
         work = 0
@@ -426,7 +424,7 @@ def coded_part(
             top, total, acc = pages(
                 q, top, total, acc, BYTES, WORDS, LEVELS, TABLE, BIAS, MASK,
                 slot + pages_done(mine, offset, count, WEIGHTS[t]), slot + pages_done(after, offset, count, WEIGHTS[t]),
-                low, stop, begin, base, columns, NP, D, N, KBITS[t], VBITS[t], KSTEPS[t], VSTEPS[t] / VSTEPS[0], SPAN,
+                low, stop, begin, base, NP, D, N, KBITS[t], VBITS[t], KSTEPS[t], VSTEPS[t] / VSTEPS[0], SPAN,
                 TWIN, ROLLING, MASKED, KEPT, STAGES,
             )  # fmt: skip
             offset += count * WEIGHTS[t]
@@ -440,7 +438,7 @@ def coded_part(
         anchor_products(q, ANCHORS, STEPS, BIAS, page, end, NS, D, N, SPAN, ROLLING, TWIN)
         top, total, acc = pages(
             q, top, total, acc, BYTES, WORDS, LEVELS, TABLE, BIAS, MASK, page, end,
-            low, stop, begin, base, columns, NP, D, N, KBITS[0], VBITS[0], KSTEPS[0], 1.0, SPAN,
+            low, stop, begin, base, NP, D, N, KBITS[0], VBITS[0], KSTEPS[0], 1.0, SPAN,
             TWIN, ROLLING, MASKED, KEPT, STAGES,
         )  # fmt: skip
     return top, total, acc
@@ -506,6 +504,8 @@ def decode(
         for j in tl.static_range(DQ):
             normal = normal + (acc[j] * (VSTEPS[0] * 4 * D**-0.5 / weight)[None, :],)
         normal = across(normal, DQ)
+        # the sum's rows are in order, and turn_tiles puts them in another. That rows of the matrix are taken so too
+        # makes up for it: token_of moves bits, and an entry is the parity of the bits that row and column share.
         inner = tl.load(SYLVESTER + token_of(i)[:, None] * 32 + i[None, :])
         acc = ()
         for j in tl.static_range(DQ):
@@ -537,7 +537,7 @@ def combine(
 ):  # fmt: skip
     """Parts and the new token into 32 dims of the output of one query head.
 
-    Grid: (D / 32 * G, B * H), one warp each: all parts are asked for at once, and nothing waits for another warp.
+    Grid: (D / 32 * G, B * H), a warp for 64 parts, which are all asked for at once.
     Shapes: ``K`` / ``V`` [B, H, 1, D] -> ``OUT`` [B, H * G, 1, D], contiguous.
     """
     g = tl.program_id(0) // (D // 32)
@@ -566,7 +566,7 @@ def combine(
         parts = PROGRAMS // ROWS_HEADS
         program = bh * parts
     tail = PROGRAMS + bh * EXACT - parts
-    if PDL:
+    if PDL:  # what was read until here, decode does not write; and it began when all before it had ended
         gdc_wait()
     for begins in tl.range(0, parts + EXACT, BLOCK):  # once, but for a row that has most of the tokens
         i = begins + tl.arange(0, BLOCK)

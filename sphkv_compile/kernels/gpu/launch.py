@@ -35,7 +35,7 @@ REGISTERS = 168
 PASSES = 2
 """Passes over the codes at most, for more query heads than one product holds."""
 LEAST = 2
-"""Pages of a part, but for the last."""
+"""Pages of a part, where all rows are full."""
 SLICES = 128
 """Parts that ``combine`` merges at once; more slow it."""
 
@@ -98,12 +98,12 @@ def attend(
         outs = [attend(state, layout, x, k, v, pos, start, columns, mask, scale, rolling) for x in parts]
         return torch.cat([x.view(b, h, -1, d) for x in outs], 2).view(b, hq, 1, d)
     exact = triton.cdiv(layout.sink + layout.ring, tiles.EDGE)
-    # Rows and heads that hold as much as each other are divided as they are; others by their bytes, on the device. Then
-    # parts are merged in rounds, which a long window needs too.
-    listed = layout.kept or b > 1 or exact >= SLICES
     programs = min(OCCUPANCY * processors(device), b * h * (pages // LEAST))
     if exact < SLICES:
         programs = min(programs, b * h * (SLICES - exact))
+    # Rows and heads that hold as much as each other are divided as they are, others by their bytes, on the device;
+    # where there is one program for each, nothing is.
+    listed = (layout.kept or b > 1) and programs > b * h
     programs = max(b * h, programs if listed else programs - programs % (b * h))
     slices = programs + b * h * exact
     block = min(SLICES, triton.next_power_of_2(triton.cdiv(slices, b * h)))
