@@ -20,41 +20,44 @@ def facts(capability, *chosen):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+DECODE = {80: 224, 90: 40, 100: 32}
+"""Bytes spilled by ``decode`` where it has a mask, planes of head_dim 256, eight bits or, by the twin, two tiers; most
+of them before and after its loop. Figures to be brought down, and not to grow."""
 WIDE = {"append": 112, "encode_spans": 192, "prefill": 720}
-"""Bytes spilled at head_dim 256, of 64 rows of it that are encoded, once a span, or of a block of queries and its sums,
-in every page: figures to be brought down, and not to grow."""
-TWIN = 112
-"""The same of ``decode`` where the twin holds whole planes, before sm_89."""
+"""The same at head_dim 256, of 64 rows of it that are encoded, once a span, or of a block of queries and its sums, in
+every page."""
 HOLES = 160
 """The same of a block of queries at head_dim 128 beside a mask with holes."""
 SINGLE = 544
 """The same of a span in float32, of whose rows a load leaves half to each of two threads."""
-SOME = {"prefill": 24, "append": 48, "encode_spans": 48, "decode": 16}
-"""The same elsewhere: a block of queries, three-bit codes, or a masked run, outside of its loop."""
-EIGHT = {"decode": 80, "append": 336, "encode_spans": 256, "prefill": 1136}
-"""The same at eight bits, whose levels and borders are looked up by addresses of two registers each. Of ``decode``
-four words lie in its loop; the most of ``append`` is that of sm_100, of ``prefill`` that of head_dim 256 there."""
-
-BLACKWELL = {"append": 400, "encode_spans": 304, "prefill": 64, "decode": 12}
+SOME = {"prefill": 24, "append": 48, "encode_spans": 48}
+"""The same elsewhere: a block of queries, or three-bit codes."""
+EIGHT = {
+    90: {"append": 244, "encode_spans": 72, "prefill": 796},
+    100: {"append": 336, "encode_spans": 256, "prefill": 1136},
+}
+"""The same at eight bits, whose levels and borders are looked up by addresses of two registers each; the most of
+``prefill`` is that of head_dim 256."""
+BLACKWELL = {"append": 400, "encode_spans": 304, "prefill": 64}
 """The same by sm_100's own assembler, below head_dim 256. No such device has been measured."""
 
 
 def allowed(kernel, configuration, capability):
     """Bytes that may be spilled."""
     tier, dim, dtype, masked = configuration[:4]
-    single = dtype == "torch.float32"
+    if kernel == "decode":
+        crowded = masked or dim == 256 or "8" in tier or ("/" in tier and capability < 89)
+        return DECODE[capability] if crowded else 0
     if "8" in tier and capability >= 89:
-        return EIGHT.get(kernel, 0)
+        return EIGHT[capability].get(kernel, 0)
     if dim == 256:
-        return TWIN if kernel == "decode" and capability < 89 else WIDE.get(kernel, 0)
+        return WIDE.get(kernel, 0)
     if capability >= 100:
         return BLACKWELL.get(kernel, 0)
     if kernel == "prefill" and dim == 128 and masked:
         return HOLES
-    if kernel == "encode_spans" and single:
+    if kernel == "encode_spans" and dtype == "torch.float32":
         return SINGLE
-    if kernel == "decode" and not masked:
-        return 0
     if kernel in ("append", "encode_spans") and "3" not in tier:
         return 0
     return SOME.get(kernel, 0)
