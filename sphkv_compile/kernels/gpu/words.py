@@ -389,7 +389,7 @@ def gather_byte(at, TWIN: constexpr):
         )
 
 
-_INTEGERS = """{
+INTEGERS = constexpr("""{
 .reg .b32 t, low, high, most;
 mov.b32 most, 0x64806480;
 xor.b32 t, $2, 0x80808080;
@@ -397,8 +397,7 @@ prmt.b32 low, t, 0x64646464, 0x4140;
 prmt.b32 high, t, 0x64646464, 0x4342;
 sub.rn.f16x2 $0, low, most;
 sub.rn.f16x2 $1, high, most;
-}"""
-INTEGERS = constexpr(_INTEGERS)
+}""")
 
 
 @triton.jit
