@@ -48,9 +48,9 @@ def save(record: dict[str, Any], bench: str, name: str | None, out: Path | None)
     folder = out or Path()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{bench}_{name}.json"
-    whole = path.with_suffix(".part")
-    whole.write_text(json.dumps(record, indent=1) + "\n")
-    whole.replace(path)  # a run that is stopped leaves a whole record or none
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(record, indent=1) + "\n")
+    unfinished.replace(path)  # a run that is stopped leaves a whole record or none
     return path
 
 

@@ -486,20 +486,20 @@ def decode(
     i = tl.arange(0, 32)
     g = tl.arange(0, N)
     at = program * N + g
+    query = Q + b * q_row + bh % H * G * q_head
+    mask = MASK + b.to(tl.int64) * mask_row
     begin, spans, first, base, held = place(ROWS, POS, b, start, HAS_POS, HAS_START, ROLLING, SINK)
     if coded:
         NT: constexpr = len(KBITS)
-        at_query = Q + b * q_row + bh % H * G * q_head
-        turned = turned_queries(at_query, SCALE + bh * D, SIGNS, SYLVESTER, qscale, q_head, G, D, N, TWIN)
+        turned = turned_queries(query, SCALE + bh * D, SIGNS, SYLVESTER, qscale, q_head, G, D, N, TWIN)
         own = bh.to(tl.int64) * NS
         top, total, acc = coded_part(
             turned, ANCHORS + own * D, STEPS + own * 2, BYTES, WORDS, LEVELS, TABLE + bh * NP, HELD + bh * NT,
-            BIAS + own * N, MASK + b.to(tl.int64) * mask_row,
-            part, parts, begin, spans, first, base, columns, NS, NP, D, N, KBITS, VBITS, KSTEPS, VSTEPS, WEIGHTS, SPAN,
-            TWIN, ROLLING, MASKED, KEPT, STAGES,
+            BIAS + own * N, mask, part, parts, begin, spans, first, base, columns, NS, NP, D, N,
+            KBITS, VBITS, KSTEPS, VSTEPS, WEIGHTS, SPAN, TWIN, ROLLING, MASKED, KEPT, STAGES,
         )  # fmt: skip
         weight = tl.maximum(tl.sum(total, 0), 1e-30)
-        tl.store(LSE + at, top + tl.log2(weight))
+        tl.store(LSE + at, top + tl.log2(weight))  # here already, or the maximum takes registers while parts are turned
         normal = ()
         for j in tl.static_range(DQ):
             normal = normal + (acc[j] * (VSTEPS[0] * 4 * D**-0.5 / weight)[None, :],)
@@ -513,9 +513,8 @@ def decode(
     else:
         slots = bh.to(tl.int64) * ((SINK + RING) * D)
         top, total, acc = exact_part(
-            Q + b * q_row + bh % H * G * q_head, MASK + b.to(tl.int64) * mask_row,
-            EXACT_K + slots, EXACT_V + slots, part, begin, spans, first, base, held, columns, qscale, q_head,
-            G, D, N, SPAN, SINK, RING, MASKED, IEEE,
+            query, mask, EXACT_K + slots, EXACT_V + slots,
+            part, begin, spans, first, base, held, columns, qscale, q_head, G, D, N, SPAN, SINK, RING, MASKED, IEEE,
         )  # fmt: skip
         weight = tl.maximum(tl.sum(total, 0), 1e-30)
         tl.store(LSE + at, top + tl.log2(weight))
