@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sphkv_compile.bench.kept import Menu, random_pages
 from sphkv_compile.bench.peers import PEERS
+from sphkv_compile.codecs.codebook import levels
 from sphkv_compile.ops.pages import with_positions
 from sphkv_compile.ops.read import dense
 from sphkv_compile.spec import Tier
@@ -27,7 +28,9 @@ from sphkv_compile.testing import clock
 
 SINK, WINDOW, SPAN, PAGE = 4, 128, 128, 64
 SPREAD = 2.0
-"""Standard deviation of the attention logits, about, unless a row says otherwise."""
+"""Standard deviation of the attention logits unless a row says otherwise."""
+ANCHOR = 0.9
+"""Standard deviation of the anchors' entries."""
 
 
 @dataclass
@@ -78,7 +81,7 @@ def make(
     """Random codes of real statistics, in pages in random order.
 
     Args:
-        spread: about the logits' standard deviation.
+        spread: the logits' standard deviation over coded tokens.
         ragged: rows hold from a quarter of ``length`` to all of it, behind padding on the left.
     """
     generator = torch.Generator(device).manual_seed(seed)
@@ -105,7 +108,7 @@ def make(
         return torch.randn(dims, device=device, generator=generator)
 
     state.anchors.copy_((normal(*state.anchors.shape) * 30).clamp(-127, 127))
-    state.span_scales[..., 0], state.span_scales[..., 1] = 0.03, 1.0
+    state.span_scales[..., 0], state.span_scales[..., 1] = ANCHOR / 30, 1.0
     state.pair_scale.copy_(1 + 0.1 * normal(*state.pair_scale.shape))
     state.exact_k.copy_(normal(*state.exact_k.shape))
     state.exact_v.copy_(normal(*state.exact_v.shape))
@@ -116,7 +119,9 @@ def make(
         state.rows[row, SPANS] = spans
         if not kept:
             state.positions[row] = torch.where(within < spans * SPAN, start + SINK + within, -1)
-    q = (normal(b, h * g, 1, d) * spread).bfloat16()
+    # radii are even between 0.5 and 1.5, codes are all as likely
+    keys = (ANCHOR**2 + 13 / 12 * float(levels(menu[-1].k_bits).square().mean())) ** 0.5
+    q = (normal(b, h * g, 1, d) * (spread / keys)).bfloat16()
     k, v = (normal(b, h, 1, d).bfloat16() for _ in range(2))
     return Case(state, layout, q, k, v, torch.tensor([length], device=device), length + 1)
 
@@ -191,7 +196,8 @@ def peer_rows(
             peer = prepare(*shape)
             us = clock.timed(peer.calls)
         except Exception as refused:  # whatever another package raises is a reason not to time it, and no more
-            missing[f"{name}, B {b}, L {length}, D {d}"] = f"{type(refused).__name__}: {refused}".splitlines()[0]
+            at = "" if isinstance(refused, ImportError) else f", B {b}, L {length}, D {d}"  # absent at every shape
+            missing[name + at] = f"{type(refused).__name__}: {refused}".splitlines()[0]
             continue
         yield {
             "what": name, "tier": peer.tier, "B": b, "L": length, "HKV": h, "G": g, "D": d, "us": us,

@@ -8,6 +8,7 @@ from sphkv_compile.bench.attention import error, lengths, make
 from sphkv_compile.bench.kept import Menu
 from sphkv_compile.bench.peers import by_sdpa, by_sums, fp8, from_fp8, from_int4, int4
 from sphkv_compile.ops.attend import attend
+from sphkv_compile.ops.read import dense
 from sphkv_compile.spec import Tier
 from sphkv_compile.storage.state import LENGTH, SPANS, START
 from sphkv_compile.testing import clock
@@ -30,6 +31,19 @@ def test_error_is_small_where_attention_is_right(how):
     found = attend(c.state, c.layout, c.q, c.k, c.v, L, 0, c.columns, None, False, None)
     assert error(c, found) < 5e-3  # the output is rounded to bfloat16
     assert error(c, found.roll(1, -1)) > 0.5
+
+
+@pytest.mark.parametrize("tier", ["K4V2", "K8V4", "K4V4:0.1/K4V2:0.4"])
+def test_logits_have_the_spread_that_a_row_says(tier):
+    c = case(tier=tier, spread=8.0)
+    state = c.state._replace(exact_k=c.state.exact_k.float(), exact_v=c.state.exact_v.float())
+    keys, _ = dense(state, c.layout, c.columns)
+    spreads = [
+        (c.q[row, 2 * head : 2 * head + 2, 0].float() @ k[k.any(1)].T * D**-0.5).std(-1).mean()
+        for row in range(3)
+        for head, k in enumerate(keys[row, :, bench.SINK : -bench.WINDOW - bench.SPAN])
+    ]
+    assert torch.stack(spreads).mean() == pytest.approx(8, rel=0.1)
 
 
 def test_ragged_rows_hold_what_they_say():
@@ -65,8 +79,14 @@ def test_a_peer_that_is_not_there_is_listed_with_the_reason(monkeypatch):
     def absent(*shape):
         raise ModuleNotFoundError("No module named 'flash_attn'")
 
-    monkeypatch.setattr(bench, "PEERS", {"FlashAttention 2": absent})
+    def refusing(*shape):
+        raise ValueError("head_dim 64\nand more")
+
+    monkeypatch.setattr(bench, "PEERS", {"FlashAttention 2": absent, "BitDecoding": refusing})
     monkeypatch.setattr(clock, "timed", lambda calls: 1.0)
     missing = {}
     assert list(bench.peer_rows((1, 1024, 2, 2, 64), 2.0, missing)) == []
-    assert missing == {"FlashAttention 2, B 1, L 1024, D 64": "ModuleNotFoundError: No module named 'flash_attn'"}
+    assert missing == {
+        "FlashAttention 2": "ModuleNotFoundError: No module named 'flash_attn'",
+        "BitDecoding, B 1, L 1024, D 64": "ValueError: head_dim 64",
+    }
