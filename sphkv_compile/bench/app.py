@@ -1,4 +1,4 @@
-"""``sphkv bench``: attention (a GPU), decode (a CPU), model (a GPU)."""
+"""``sphkv bench``: attention (a GPU), writes (a GPU), decode (a CPU), model (a GPU)."""
 
 from __future__ import annotations
 
@@ -51,6 +51,28 @@ def attention(
     for peer, reason in missing.items():
         wide.print(f"not measured: {peer}: {reason}", markup=False)
     wrote(save(record, "attention", name, out))
+
+
+@app.command()
+def writes(
+    batch: Batches = "1,8,64",
+    length: Lengths = "32768,131072",
+    tiers: Annotated[str, typer.Option(help="Widths of keys and values.")] = "K4V4",
+    dim: Annotated[str, typer.Option(help="head_dim.")] = "128",
+    name: Name = None,
+    out: Out = None,
+) -> None:
+    """A step's append, and the encoding of a prompt, on a GPU."""
+    need_cuda("writes", "cuda")
+    from sphkv_compile.bench import writes as bench
+
+    rows: list[dict[str, Any]] = []
+    record = {**header("cuda"), "rows": rows}
+    for row in bench.run(numbers(batch), numbers(length), numbers(dim), tiers.split(",")):
+        rows.append(row)
+        save(record, "writes", name, out)  # after every row: what was measured is kept
+    Console(width=max(console.width, 100)).print(torch.cuda.get_device_name(), bench.table(rows))
+    wrote(save(record, "writes", name, out))
 
 
 @app.command()

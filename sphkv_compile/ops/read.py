@@ -88,7 +88,7 @@ def dense(
     state = with_positions(state, layout)
     k_out = state.exact_k.new_zeros(batch, heads, columns, state.exact_k.shape[-1])
     v_out = state.exact_v.new_zeros(batch, heads, columns, state.exact_v.shape[-1])
-    for row, (start, length, spans, _, _) in enumerate(state.rows.tolist()):
+    for row, (start, length, spans, *_) in enumerate(state.rows.tolist()):
         if start < 0:
             continue
         one = slice(row, row + 1)

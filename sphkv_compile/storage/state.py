@@ -12,8 +12,10 @@ from torch import Tensor
 
 from sphkv_compile.storage.layout import Layout
 
-START, LENGTH, SPANS, BASE, FROZEN = range(5)
-"""Columns of ``rows``: first real position, end position, coded spans, position of column 0, pair scale is fixed."""
+START, LENGTH, SPANS, BASE, FROZEN, READ = range(6)
+"""Columns of ``rows``: first real position, end position, coded spans, position of column 0, pair scale is fixed, and
+how many programs of a running step have read the others: zero between steps."""
+WIDTH = 6
 
 FAULT = 2
 """Value of FROZEN in a row whose codes a GPU's step was told to write into: only the host can undo a code. The row's
@@ -40,7 +42,7 @@ class State(NamedTuple):
     * ``exact_k`` / ``exact_v`` model dtype[B, H, sink + R, D]: sinks, then the window ring (position p at p mod R).
     * ``pair_scale`` float32[B, H, D]: s of :mod:`sphkv_compile.codecs.scales`.
     * ``moments`` float64[B, H, D + 1]: sum of q^2 per dimension, and the number of queries in it.
-    * ``rows`` int64[B, 5]: the counters named above.
+    * ``rows`` int64[B, 6]: the counters named above.
     * ``energy`` float64[B, H, 2]: sum of |s q|^2 since the pair scale was fixed, and the number of queries in it; the
       error certificates need it.
     """
@@ -120,7 +122,7 @@ def empty_state(layout: Layout, g: Geometry, arena: Tensor) -> State:
     def make(*shape: int, dtype: torch.dtype, fill: float = 0) -> Tensor:
         return torch.full((*head, *shape), fill, dtype=dtype, device=device)
 
-    rows = torch.zeros(g.batch, 5, dtype=torch.int64, device=device)
+    rows = torch.zeros(g.batch, WIDTH, dtype=torch.int64, device=device)
     rows[:, START] = -1
     return State(
         arena=arena,

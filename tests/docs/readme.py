@@ -109,7 +109,8 @@ def tier_name(tier: str) -> str:
 
 def uneven_table() -> str:
     """Rows of unequal length, and wide logits. Units: microseconds."""
-    rows = [(card, r) for card, r in attention_rows(BENCH) if r["what"] == "sphkv" and not plain(r)]
+    ours = [(card, r) for card, r in attention_rows(BENCH) if r["what"] == "sphkv" and r["D"] == 128]
+    rows = [(card, r) for card, r in ours if not plain(r)]
     lines = ["| card | tier | B | L | D | case | us | times faster | error |", "|---" * 9 + "|"]
     for card, r in rows:
         case = "rows of unequal length" if r["ragged"] else f"logits' std {r['spread']:g}"
@@ -119,20 +120,39 @@ def uneven_table() -> str:
 
 
 def peers_table() -> str:
-    """Other caches and kernels in the runs that have them, and ours at the same shapes. Units: microseconds."""
-    rows = list(attention_rows(BENCH))
-    shapes = {(card, r["B"], r["L"], r["D"]) for card, r in rows if r["what"] != "sphkv"}
-    lines = ["| card | B | L | D | what | cache | us | times faster than dense |", "|---" * 8 + "|"]
+    """Other caches and kernels in the runs that have them, beside ours of the same run. Units: microseconds."""
+    rows = [(card, r) for card, r in attention_rows(BENCH) if plain(r) or r["what"] != "sphkv"]
+    names = {(card, r["B"], r["L"], r["D"]): {} for card, r in rows if r["what"] != "sphkv"}
     for card, r in rows:
-        if (card, r["B"], r["L"], r["D"]) in shapes and (plain(r) or r["what"] != "sphkv"):
-            what = f"{card} | {r['B']} | {r['L']:,} | {r['D']} | {r['what']} | {r['tier']}"
-            lines.append(f"| {what} | {r['us']:.1f} | {r['speedup']:.2f} |")
+        name = tier_name(r["tier"]) if r["what"] == "sphkv" else f"{r['what'].removesuffix(', Inductor')}"
+        if (shape := (card, r["B"], r["L"], r["D"])) in names:
+            names[shape][name] = f"{r['us']:.0f} ({r['speedup']:.2f})"
+    if not names:
+        return NO_RECORD.format("attention --peers --name NAME")
+    heads = list(dict.fromkeys(name for cells in names.values() for name in cells))
+    lines = [f"| card | B | L | D | {' | '.join(heads)} |", "|---" * (4 + len(heads)) + "|"]
+    for (card, b, length, d), cells in names.items():
+        lines.append(f"| {card} | {b} | {length:,} | {d} | {' | '.join(cells.get(name, '-') for name in heads)} |")
+    absent = {}
     for path in sorted(BENCH.glob("attention*.json")):
-        missing = {
-            (name.split(",")[0], why) for name, why in json.loads(path.read_text()).get("peers_missing", {}).items()
-        }
-        lines += [f"\nNot measured ({path.stem}): {name}: {why}" for name, why in sorted(missing)]
-    return "\n".join(lines) if shapes else NO_RECORD.format("attention --peers --name NAME")
+        absent |= json.loads(path.read_text()).get("peers_missing", {})
+    return "\n".join([*lines, "", *(["Not there to measure: " + ", ".join(sorted(absent)) + "."] if absent else [])])
+
+
+def writes_table() -> str:
+    """A step's append and a prompt's encoding. Units: microseconds."""
+    said = {
+        "append": lambda r: f"longest {r['longest_us']:.1f}",
+        "encode": lambda r: f"{r['gbps']:.0f} GB/s of keys and values",
+        "prefill": lambda r: f"{r['ratio']:.3f} of attention alone ({r['dense']})",
+    }
+    lines = ["| card | what | tier | B | L | us | |", "|---" * 7 + "|"]
+    for path in sorted(BENCH.glob("writes*.json")):
+        record = json.loads(path.read_text())
+        for r in record["rows"]:
+            what = f"{short(record['card'])} | {r['what']} | {r['tier']} | {r['B']} | {r['L']:,} | {r['us']:.1f}"
+            lines.append(f"| {what} | {said[r['what']](r)} |")
+    return "\n".join(lines)
 
 
 GOALS = {
@@ -243,7 +263,7 @@ MEASURED: dict[str, Callable[[], str]] = {
     "model": model_table,
 }
 """From the records of evaluation and bench."""
-NOTES: dict[str, Callable[[], str]] = {"goals": goals_table, "uneven": uneven_table}
+NOTES: dict[str, Callable[[], str]] = {"goals": goals_table, "writes": writes_table, "uneven": uneven_table}
 """From the bench's records, for the performance note."""
 THEORY: dict[str, Callable[[], str]] = {"bounds": bounds_table, "geometry": geometry_table}
 """From the record of how tight the bounds are."""

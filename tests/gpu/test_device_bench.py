@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sphkv_compile.bench import attention
+from sphkv_compile.bench import attention, writes
 from sphkv_compile.bench.model import faults, measure
 from sphkv_compile.bench.record import missing
 from sphkv_compile.bench.sides import Job
@@ -19,6 +19,14 @@ def test_attention_rows():
     assert len(ours) == 12 and max(row["rel_err"] for row in ours) < 5e-3
     peers = {row["what"] for row in rows} - {"sphkv"}
     assert {"fp8 cache, Inductor", "int4 cache, Inductor", "FlexAttention"} <= peers, absent
+
+
+def test_writes_rows():
+    rows = list(writes.run([1, 2], [4096], [64], ["K4V2"]))
+    assert [row["what"] for row in rows] == ["append", "append", "encode", "prefill"]
+    assert all(row["longest_us"] > 0.5 * row["us"] for row in rows[:2])
+    assert rows[3]["us"] > rows[3]["dense_us"]
+    assert writes.table(rows).row_count == 4
 
 
 @pytest.mark.parametrize("name", ["hf", "loop", "K4V4"])

@@ -70,7 +70,7 @@ def launches(capability, tier, dim, dtype, masked, rolling, heads=8, columns=409
     state, calls = empty_state(layout, geometry, torch.zeros(1 << 16, dtype=torch.uint8)), []
     for module, names in (
         (launch, ("prepare", "decode", "combine")),
-        (appending, ("append", "advance")),
+        (appending, ("append",)),
         (bulk, ("encode_spans", "extents", "turn_queries", "prefill")),
     ):
         for name in names:

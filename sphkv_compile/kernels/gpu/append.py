@@ -1,7 +1,8 @@
 """One new token per row enters the window; a span that leaves it is encoded, in the same launch.
 
 Every decision is made from the counters on the device, so that no step waits for it and a captured graph stays right.
-``append`` has one program for each row and kv head; ``advance`` moves the counters once all of them have read them.
+``append`` has one program for each row and kv head, or a few of them. Whichever of a row's programs is the last to have
+read its counters moves them.
 """
 
 from __future__ import annotations
@@ -9,9 +10,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from triton.language.core import constexpr
+from triton.language.extra.cuda import gdc_wait
 
 from sphkv_compile.kernels.gpu.decode import BASE, FAULT, FROZEN, LENGTH, SPANS, START, WIDTH, place
 from sphkv_compile.kernels.gpu.encode import behind, encode_keys, encode_values
+from sphkv_compile.storage import state
+
+READ = constexpr(state.READ)
 
 
 @triton.jit
@@ -82,101 +87,109 @@ def standing(
 
 
 @triton.jit
-def append(
-    Q, K, V, WORDS, TABLE, TIERS, POSITIONS, HELD, ANCHORS, STEPS, EXACT_K, EXACT_V, SCALE, MOMENTS, ENERGY, SIGNS,
-    LEVELS, FACTORS, ROWS, POS, MASK, start, q_row, q_head, k_row, k_head, v_row, v_head, mask_row, H, NS, NP,
-    G: constexpr, D: constexpr, N: constexpr, KB: constexpr, VB: constexpr,
-    SPAN: constexpr, BLOCK: constexpr, SINK: constexpr, RING: constexpr,
-    KBORDERS: constexpr, VBORDERS: constexpr,
-    ROTARY: constexpr, INTERLEAVED: constexpr, KNOWN: constexpr, KEPT: constexpr, TIERCOUNT: constexpr,
-    TWIN: constexpr, HAS_POS: constexpr, HAS_START: constexpr, MASKED: constexpr,
-):  # fmt: skip
-    """The token into the window, and the span that leaves it into its pages. Grid: (B * H,)."""
-    bh = tl.program_id(0)
-    b = bh // H
-    h = bh % H
-    WINDOW: constexpr = RING - SPAN
-    begin, spans, coded, first, _, anew, fault = standing(
-        ROWS, POS, MASK, b, start, mask_row, HAS_POS, HAS_START, MASKED, SINK, WINDOW, SPAN
-    )
-    frozen = tl.load(ROWS + b * WIDTH + FROZEN) > 0
-    d = tl.arange(0, D)
-    moments = MOMENTS + bh * (D + 1)
-    if anew:
-        tl.store(moments + d, tl.zeros([D], tl.float64))
-        tl.store(moments + D, 0.0)
-        tl.store(ENERGY + bh * 2, 0.0)
-        tl.store(ENERGY + bh * 2 + 1, 0.0)
-        if KEPT:
-            for t in tl.static_range(TIERCOUNT):
-                tl.store(HELD + bh * TIERCOUNT + t, 0)
-        else:
-            for page in tl.range(0, NP):
-                tl.store(POSITIONS + (bh.to(tl.int64) * NP + page) * 64 + tl.arange(0, 64), -1)
-        frozen = first < 0
-        tl.debug_barrier()
-    if (begin >= 0) & (not fault):
-        g = tl.arange(0, N)
-        q = tl.load(Q + b * q_row + (h * G + g)[:, None] * q_head + d[None, :], mask=(g < G)[:, None], other=0.0)
-        q = q.to(tl.float32)
-        if frozen:
-            scaled = q * tl.load(SCALE + bh * D + d)[None, :]
-            tl.store(ENERGY + bh * 2, tl.load(ENERGY + bh * 2) + tl.sum(tl.sum(scaled * scaled, 1), 0).to(tl.float64))
-            tl.store(ENERGY + bh * 2 + 1, tl.load(ENERGY + bh * 2 + 1) + G)
-        else:
-            tl.store(moments + d, tl.load(moments + d) + tl.sum(q * q, 0).to(tl.float64))
-            tl.store(moments + D, tl.load(moments + D) + G)
-        slot = tl.where(first < begin + SINK, first - begin, SINK + first % RING)
-        slots = bh.to(tl.int64) * ((SINK + RING) * D)
-        tl.store(EXACT_K + slots + slot * D + d, tl.load(K + b * k_row + h * k_head + d))
-        tl.store(EXACT_V + slots + slot * D + d, tl.load(V + b * v_row + h * v_head + d))
-        if coded > spans:
-            tl.debug_barrier()
-            at = begin + SINK + spans * SPAN
-            if not frozen:
-                held = SINK + (at + tl.arange(0, SPAN)) % RING
-                learn_scale(EXACT_K + slots, moments, SCALE + bh * D, held, ROTARY, INTERLEAVED, KNOWN, D, SPAN)
-            row = spans % NS
-            page = row * (SPAN // 64)
-            if KEPT:  # behind all that the row and head holds
-                page = page * 0
-                for t in tl.static_range(TIERCOUNT):
-                    page += tl.load(HELD + bh * TIERCOUNT + t)
-            pages = bh.to(tl.int64) * NP
-            encode_keys(
-                WORDS, TABLE + pages, POSITIONS + pages * 64, TIERS + pages,
-                ANCHORS + (bh.to(tl.int64) * NS + row) * D, STEPS + (bh * NS + row) * 2, FACTORS + bh * D,
-                EXACT_K + slots, EXACT_K, SCALE + bh * D, SIGNS, LEVELS, at, page, 0, 0,
-                D, KB, VB, SPAN, BLOCK, SINK, RING, KBORDERS, False, KEPT, TWIN,
-            )  # fmt: skip
-            encode_values(
-                WORDS, TABLE + pages, EXACT_V + slots, EXACT_V, SIGNS, behind(LEVELS, KB), at, page, 0, 0,
-                D, KB, VB, SPAN, BLOCK, SINK, RING, VBORDERS, False, TWIN,
-            )  # fmt: skip
-            if KEPT:
-                tl.store(HELD + bh * TIERCOUNT, tl.load(HELD + bh * TIERCOUNT) + SPAN // 64)
-
-
-@triton.jit
-def advance(
-    ROWS, POS, MASK, start, mask_row,
-    SPAN: constexpr, SINK: constexpr, RING: constexpr,
-    HAS_POS: constexpr, HAS_START: constexpr, MASKED: constexpr, ROLLING: constexpr,
-):  # fmt: skip
-    """The counters of one row. Grid: (B,)."""
-    b = tl.program_id(0)
-    begin, spans, coded, first, base, anew, fault = standing(
-        ROWS, POS, MASK, b, start, mask_row, HAS_POS, HAS_START, MASKED, SINK, RING - SPAN, SPAN
-    )
-    row = ROWS + b * WIDTH
+def advance(row, begin, spans, coded, first, base, anew, fault, frozen, ROLLING: constexpr):
+    """The counters of one row, which every program has read."""
+    tl.store(row + READ, 0)
     if fault:  # the row stays as it was, and says so
         tl.store(row + FROZEN, FAULT)
     else:
-        frozen = tl.load(row + FROZEN)
-        if anew:
-            frozen = frozen * 0
         tl.store(row + START, begin)
         tl.store(row + LENGTH, first + 1)
         tl.store(row + SPANS, coded)
         tl.store(row + BASE, base + 1 if ROLLING else base)
-        tl.store(row + FROZEN, tl.where(coded > spans, 1, frozen))
+        tl.store(row + FROZEN, ((coded > spans) | (frozen & ~anew)).to(tl.int32))
+
+
+@triton.jit
+def append(
+    Q, K, V, WORDS, TABLE, TIERS, POSITIONS, HELD, ANCHORS, STEPS, EXACT_K, EXACT_V, SCALE, MOMENTS, ENERGY, SIGNS,
+    LEVELS, FACTORS, ROWS, POS, MASK, start, q_row, q_head, k_row, k_head, v_row, v_head, mask_row, H, NS, NP,
+    G: constexpr, D: constexpr, N: constexpr, HEADS: constexpr, KB: constexpr, VB: constexpr,
+    SPAN: constexpr, BLOCK: constexpr, SINK: constexpr, RING: constexpr,
+    KBORDERS: constexpr, VBORDERS: constexpr,
+    ROTARY: constexpr, INTERLEAVED: constexpr, KNOWN: constexpr, KEPT: constexpr, TIERCOUNT: constexpr,
+    TWIN: constexpr, HAS_POS: constexpr, HAS_START: constexpr, MASKED: constexpr, ROLLING: constexpr, PDL: constexpr,
+):  # fmt: skip
+    """The token into the window, and the span that leaves it into its pages.
+
+    Grid: (B * H / HEADS,), of HEADS kv heads each: the registers that encode a span leave a multiprocessor room for one
+    program, so that where there are more heads than those, one program takes several tokens at once.
+    """
+    if PDL:  # launched while what precedes it still runs, usually the attention, which reads the window
+        gdc_wait()
+    programs = H // HEADS  # of a row
+    b = tl.program_id(0) // programs
+    h = tl.program_id(0) % programs * HEADS + tl.arange(0, HEADS)
+    bh = b.to(tl.int64) * H + h
+    WINDOW: constexpr = RING - SPAN
+    begin, spans, coded, first, base, anew, fault = standing(
+        ROWS, POS, MASK, b, start, mask_row, HAS_POS, HAS_START, MASKED, SINK, WINDOW, SPAN
+    )
+    frozen = tl.load(ROWS + b * WIDTH + FROZEN) > 0
+    tl.debug_barrier()  # every thread has read the row
+    if tl.atomic_add(ROWS + b * WIDTH + READ, 1) == programs - 1:
+        advance(ROWS + b * WIDTH, begin, spans, coded, first, base, anew, fault, frozen, ROLLING)
+    d = tl.arange(0, D)
+    moments = MOMENTS + bh * (D + 1)
+    if anew:
+        tl.store(moments[:, None] + d[None, :], tl.zeros([HEADS, D], tl.float64))
+        tl.store(moments + D, tl.zeros([HEADS], tl.float64))
+        tl.store(ENERGY + bh * 2, tl.zeros([HEADS], tl.float64))
+        tl.store(ENERGY + bh * 2 + 1, tl.zeros([HEADS], tl.float64))
+        if KEPT:
+            for t in tl.static_range(TIERCOUNT):
+                tl.store(HELD + bh * TIERCOUNT + t, tl.zeros([HEADS], tl.int32))
+        else:
+            for page in tl.range(0, NP):
+                none = (bh * NP + page)[:, None] * 64 + tl.arange(0, 64)[None, :]
+                tl.store(POSITIONS + none, tl.full([HEADS, 64], -1, tl.int32))
+        frozen = first < 0
+        tl.debug_barrier()
+    if (begin >= 0) & (not fault):
+        g = tl.arange(0, N)
+        query = Q + b * q_row + (h[:, None] * G + g[None, :]) * q_head
+        q = tl.load(query[:, :, None] + d[None, None, :], mask=(g < G)[None, :, None], other=0.0).to(tl.float32)
+        if frozen:
+            scaled = q * tl.load(SCALE + bh[:, None] * D + d[None, :])[:, None, :]
+            energy = tl.sum(tl.sum(scaled * scaled, 2), 1).to(tl.float64)
+            tl.store(ENERGY + bh * 2, tl.load(ENERGY + bh * 2) + energy)
+            tl.store(ENERGY + bh * 2 + 1, tl.load(ENERGY + bh * 2 + 1) + G)
+        else:
+            sums = moments[:, None] + d[None, :]
+            tl.store(sums, tl.load(sums) + tl.sum(q * q, 1).to(tl.float64))
+            tl.store(moments + D, tl.load(moments + D) + G)
+        slot = tl.where(first < begin + SINK, first - begin, SINK + first % RING)
+        new = (bh * (SINK + RING) + slot)[:, None] * D + d[None, :]
+        tl.store(EXACT_K + new, tl.load(K + b * k_row + (h * k_head)[:, None] + d[None, :]))
+        tl.store(EXACT_V + new, tl.load(V + b * v_row + (h * v_head)[:, None] + d[None, :]))
+        if coded > spans:
+            tl.debug_barrier()
+            at = begin + SINK + spans * SPAN
+            row = spans % NS
+            for i in tl.range(0, HEADS, num_stages=1):
+                one = b.to(tl.int64) * H + tl.program_id(0) % programs * HEADS + i
+                slots = one * ((SINK + RING) * D)
+                if not frozen:
+                    held = SINK + (at + tl.arange(0, SPAN)) % RING
+                    learn_scale(
+                        EXACT_K + slots, MOMENTS + one * (D + 1), SCALE + one * D, held,
+                        ROTARY, INTERLEAVED, KNOWN, D, SPAN,
+                    )  # fmt: skip
+                page = row * (SPAN // 64)
+                if KEPT:  # behind all that the row and head holds
+                    page = page * 0
+                    for t in tl.static_range(TIERCOUNT):
+                        page += tl.load(HELD + one * TIERCOUNT + t)
+                pages = one * NP
+                encode_keys(
+                    WORDS, TABLE + pages, POSITIONS + pages * 64, TIERS + pages,
+                    ANCHORS + (one * NS + row) * D, STEPS + (one * NS + row) * 2, FACTORS + one * D,
+                    EXACT_K + slots, EXACT_K, SCALE + one * D, SIGNS, LEVELS, at, page, 0, 0,
+                    D, KB, VB, SPAN, BLOCK, SINK, RING, KBORDERS, False, KEPT, TWIN,
+                )  # fmt: skip
+                encode_values(
+                    WORDS, TABLE + pages, EXACT_V + slots, EXACT_V, SIGNS, behind(LEVELS, KB), at, page, 0, 0,
+                    D, KB, VB, SPAN, BLOCK, SINK, RING, VBORDERS, False, TWIN,
+                )  # fmt: skip
+                if KEPT:
+                    tl.store(HELD + one * TIERCOUNT, tl.load(HELD + one * TIERCOUNT) + SPAN // 64)

@@ -4,8 +4,9 @@
 smaller, and no decoded value goes through memory. A part turns the queries into the keys' frame and takes their product
 with the anchors of its spans; only where pages hold kept tokens, of any span, ``prepare`` takes all products before.
 Parts are cut at run time, from the counters on the device, so a captured graph stays right while the cache grows.
-``combine`` merges the parts and the new token by their log-sum-exp. It is launched while ``decode`` still runs;
-``decode`` only once ``prepare`` has ended, since parts are placed evenly on an empty device alone.
+``combine`` merges the parts and the new token by their log-sum-exp. It is launched while ``decode`` still runs, the
+step's ``append`` while ``combine`` does, and ``decode`` only once ``prepare`` has ended, since parts are placed evenly on
+an empty device alone.
 
 All logits are in units of log 2: ``exp2`` is the native instruction.
 """
@@ -28,7 +29,7 @@ HEADS = 8
 EMPTY = constexpr(-1e29)
 HIDDEN = constexpr(-1e30)
 FAULT = constexpr(state.FAULT)
-WIDTH = constexpr(5)  # of a row of counters
+WIDTH = constexpr(state.WIDTH)  # of a row of counters
 START, LENGTH, SPANS = constexpr(state.START), constexpr(state.LENGTH), constexpr(state.SPANS)
 BASE, FROZEN = constexpr(state.BASE), constexpr(state.FROZEN)
 
@@ -539,6 +540,8 @@ def combine(
     Grid: (D / 32 * G, B * H), a warp for 64 parts, which are all asked for at once.
     Shapes: ``K`` / ``V`` [B, H, 1, D] -> ``OUT`` [B, H * G, 1, D], contiguous.
     """
+    if PDL:
+        gdc_launch_dependents()
     g = tl.program_id(0) // (D // 32)
     d = tl.program_id(0) % (D // 32) * 32 + tl.arange(0, 32)
     bh = tl.program_id(1)
