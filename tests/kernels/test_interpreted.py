@@ -185,8 +185,8 @@ def test_appends_write_what_the_specification_writes(tier, dim, group, rope, mas
 
 @pytest.mark.parametrize(("processors", "heads"), [(2, 2), (8, 1)])
 def test_a_row_from_its_first_token_and_begun_anew(processors, heads, monkeypatch):
-    """Counters from nothing; padding is no token; a write at a row's first position begins it anew. A row's heads are of
-    one program, or of several, of which one moves the counters."""
+    """Counters from nothing; padding is no token; a write at a row's first position begins it anew. A row's heads are
+    of one program, or of several, of which one moves the counters."""
     monkeypatch.setattr(launch, "processors", lambda device: processors)
     assert launch.heads_of_program(2, 2, torch.device("cpu")) == heads
     (ours, layout), (spec, _) = make("K4V4", 64), make("K4V4", 64)

@@ -5,8 +5,8 @@ smaller, and no decoded value goes through memory. A part turns the queries into
 with the anchors of its spans; only where pages hold kept tokens, of any span, ``prepare`` takes all products before.
 Parts are cut at run time, from the counters on the device, so a captured graph stays right while the cache grows.
 ``combine`` merges the parts and the new token by their log-sum-exp. It is launched while ``decode`` still runs, the
-step's ``append`` while ``combine`` does, and ``decode`` only once ``prepare`` has ended, since parts are placed evenly on
-an empty device alone.
+step's ``append`` while ``combine`` does, and ``decode`` only once ``prepare`` has ended, since parts are placed evenly
+on an empty device alone.
 
 All logits are in units of log 2: ``exp2`` is the native instruction.
 """
