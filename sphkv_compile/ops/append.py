@@ -247,7 +247,8 @@ def _write(
         origin + spans.start * layout.span, origin + spans.stop * layout.span, dtype=torch.int32, device=k.device
     ).view(-1, layout.page)
     if layout.kept:
-        pages = pages._replace(position=as_bytes(tokens.unsqueeze(-1)).expand(b, h, -1, -1, -1))
+        position = as_bytes(tokens.unsqueeze(-1)).expand(b, h, -1, -1, -1)
+        pages = pages._replace(position=position, statistics=torch.zeros_like(position))
     else:
         state.positions[at] = tokens
     write_pages(state, layout, tier, state.table[at], pages)

@@ -17,7 +17,11 @@ from sphkv_compile.storage.state import State
 
 
 class Pages(NamedTuple):
-    """Fields of some pages, still coded. Shapes: uint8[..., P, page, bytes of the field]."""
+    """Fields of some pages, still coded. Shapes: uint8[..., P, page, bytes of the field].
+
+    ``statistics``, of kept tokens: the mean attention that the token got since it was coded, and the running one, two
+    float16; zero in a page that no plan has seen.
+    """
 
     k: Tensor
     v: Tensor
@@ -25,6 +29,7 @@ class Pages(NamedTuple):
     v_scale: Tensor
     anchor: Tensor
     position: Tensor
+    statistics: Tensor
 
 
 def _units(offsets: Tensor, count: int) -> Tensor:
@@ -80,8 +85,8 @@ def _to_tiles(pages: Pages, tier: Tier, k_dim: int, v_dim: int) -> Pages:
 def _from_tiles(raw: Tensor, page: int, tier: Tier, fields: PageFields, k_dim: int, v_dim: int) -> Pages:
     """The inverse, from whole pages. Shapes: ``raw`` uint8[..., bytes of a page]."""
     beside = fields.radius + fields.v_scale
-    widths = fields.k, fields.v, beside, fields.position
-    k, v, both, position = raw[..., : fields.total * page].split([width * page for width in widths], -1)
+    widths = fields.k, fields.v, beside, fields.position, fields.statistics
+    k, v, both, position, statistics = raw[..., : fields.total * page].split([width * page for width in widths], -1)
     if tier.k_bits == PASSTHROUGH:
         k = k.unflatten(-1, (page, -1))
     else:
@@ -92,7 +97,8 @@ def _from_tiles(raw: Tensor, page: int, tier: Tier, fields: PageFields, k_dim: i
         v = pack(tiles.unpack_values(v, v_dim, tier.v_bits), tier.v_bits)
     both = both.reshape(*both.shape[:-1], page, beside)
     radius, v_scale = both.split([fields.radius, fields.v_scale], -1)
-    return Pages(k, v, radius, v_scale, radius[..., :0], position.unflatten(-1, (page, -1)))
+    position, statistics = (x.unflatten(-1, (page, -1)) for x in (position, statistics))
+    return Pages(k, v, radius, v_scale, radius[..., :0], position, statistics)
 
 
 def as_bytes(x: Tensor) -> Tensor:
@@ -143,7 +149,7 @@ def encode_span(k: Tensor, v: Tensor, pair_scale: Tensor, layout: Layout, tier: 
         v_scale = as_bytes(scale.unsqueeze(-1))
     parts = (
         part.unflatten(-2, (layout.pages_per_span, layout.page))
-        for part in (k_field, v_field, radius, v_scale, anchor, none)
+        for part in (k_field, v_field, radius, v_scale, anchor, none, none)
     )
     return Pages(*parts), coded
 

@@ -29,9 +29,9 @@ class Layout:
         rotary_dim: dimensions that rotate; the rest pass through.
         packing: order of a page's code bits: ``rows``, a token after the other, or ``tiles``
             (:mod:`sphkv_compile.storage.tiles`), in which radius and value scale are float16 and stand side by side.
-        kept: pages of the tokens that were kept, at any of the tiers: each page says which tokens it holds, and a row
-            and kv head's pages stand in its table by tier, the narrowest first. Without it a page holds the tokens
-            that its place in the table says, all at one tier.
+        kept: pages of the tokens that were kept, at any of the tiers: each page says which tokens it holds and what
+            attention they got, and a row and kv head's pages stand in its table by tier, the narrowest first. Without
+            it a page holds the tokens that its place in the table says, all at one tier.
 
     Units: ``sink``, ``window``, ``span``, ``page`` in tokens.
     """
@@ -136,10 +136,11 @@ class PageFields:
     v_scale: int
     anchor: int
     position: int
+    statistics: int
 
     @property
     def widths(self) -> tuple[int, ...]:
-        return self.k, self.v, self.radius, self.v_scale, self.anchor, self.position
+        return self.k, self.v, self.radius, self.v_scale, self.anchor, self.position, self.statistics
 
     @property
     def total(self) -> int:
@@ -148,7 +149,7 @@ class PageFields:
     @property
     def metadata(self) -> int:
         """Bytes per token that are not codes."""
-        return self.radius + self.v_scale + self.anchor + self.position
+        return self.total - self.k - self.v
 
 
 @lru_cache(None)
@@ -161,6 +162,7 @@ def _fields(layout: Layout, tier: Tier, k_dim: int, v_dim: int, itemsize: tuple[
         v_scale=0 if exact_v else 2,
         anchor=0 if exact_k or layout.tiled or layout.kept else 1,
         position=4 if layout.kept else 0,
+        statistics=4 if layout.kept else 0,
     )
 
 

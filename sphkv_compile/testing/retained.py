@@ -27,7 +27,7 @@ def retained(uniform: list[tuple[State, Layout]], choice: Tensor, seed: int = 0)
     layout = replace(form, tiers=tiers, kept=True)
     generator = torch.Generator().manual_seed(seed)
     batch, heads, slots = first.table.shape
-    device, tokens = first.table.device, slots * form.page
+    device = first.table.device
     sizes = first.exact_k.shape[-1], first.exact_v.shape[-1], (first.exact_k.element_size(),) * 2
     units = [layout.page_bytes(tier, *sizes) // UNIT for tier in tiers]
     place = torch.randperm(batch * heads * slots, generator=generator) * max(units)
@@ -56,9 +56,11 @@ def retained(uniform: list[tuple[State, Layout]], choice: Tensor, seed: int = 0)
                 position = torch.full((count * form.page,), -1, dtype=torch.int32)
                 position[: len(chosen)] = (chosen + begin).int()
                 offsets = place[taken : taken + count].int().to(device)
-                rows = [x[b, h].reshape(tokens, -1)[at.to(device)] for x in fields[index]]
-                rows[Pages._fields.index("position")] = as_bytes(position.unsqueeze(-1).to(device))
-                write_pages(state, layout, tiers[index], offsets, Pages(*(x.unflatten(0, (count, -1)) for x in rows)))
+                held = Pages(*(x[b, h].flatten(0, 1)[at.to(device)] for x in fields[index]))
+                position = as_bytes(position.unsqueeze(-1).to(device))
+                none = held.anchor[:, :0]  # a position says which it is
+                held = held._replace(anchor=none, position=position, statistics=torch.zeros_like(position))
+                write_pages(state, layout, tiers[index], offsets, Pages(*(x.unflatten(0, (count, -1)) for x in held)))
                 state.table[b, h, slot : slot + count] = offsets
                 state.tiers[b, h, slot : slot + count] = index
                 state.held[b, h, index] = count

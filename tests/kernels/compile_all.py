@@ -19,9 +19,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sphkv_compile.kernels.gpu import append as appending
-from sphkv_compile.kernels.gpu import bulk, launch
+from sphkv_compile.kernels.gpu import bulk, launch, moving
 from sphkv_compile.spec import Tier
 from sphkv_compile.storage.layout import Layout
+from sphkv_compile.storage.moves import Moves
 from sphkv_compile.storage.state import Geometry, empty_state
 
 TYPES = {
@@ -42,6 +43,8 @@ CONFIGURATIONS = [  # tier or menu of kept tokens, head_dim, dtype, masked, roll
     ("K4V4", 256, torch.bfloat16, False, False),
     ("K4V4/K4V2", 128, torch.bfloat16, True, False),
     ("K4V4/K4V2", 128, torch.bfloat16, False, False),
+    ("K8V4/K4V4/K4V2", 128, torch.bfloat16, False, False),
+    ("K4V4/K3V3/K2V2", 256, torch.bfloat16, False, False),
     ("K8V4", 128, torch.bfloat16, False, False),
     ("K8V8", 64, torch.bfloat16, True, False),
     ("K8V4", 256, torch.float16, True, True),
@@ -72,6 +75,7 @@ def launches(capability, tier, dim, dtype, masked, rolling, heads=8, columns=409
         (launch, ("prepare", "decode", "combine")),
         (appending, ("append",)),
         (bulk, ("encode_spans", "extents", "turn_queries", "prefill")),
+        (moving, ("gather_pages", "put_pages")),
     ):
         for name in names:
             kernel = getattr(module, name)
@@ -86,6 +90,10 @@ def launches(capability, tier, dim, dtype, masked, rolling, heads=8, columns=409
     launch.append(state, layout, q, k, v, pos, None, mask, rolling)
     if heads != 8:  # the others are the same
         return calls
+    if layout.kept:
+        n = len(menu)
+        offsets, token = torch.zeros(n, dtype=torch.int32), torch.zeros(n, 64, dtype=torch.uint8)
+        moving.move(state, layout, Moves((1,) * n, offsets, offsets, token.int(), token, token))
     q, k, v = (torch.zeros(1, n * heads, 256, dim, dtype=dtype) for n in (4, 1, 1))
     mask = torch.zeros(1, 1, 256, columns, dtype=torch.bool)
     bulk.encode(state, layout, torch.zeros(1, dtype=torch.int64), k, v, 4, range(1), 0)

@@ -21,17 +21,18 @@ def test_fields_of_tiers_by_hand():
     """D 64, Dv 32, keys float32, values bfloat16."""
     layout = Layout.of(CacheSpec())
     expected = {
-        Tier(4, 4): PageFields(k=32, v=16, radius=1, v_scale=2, anchor=1, position=0),
-        Tier(3, 2): PageFields(k=24, v=8, radius=1, v_scale=2, anchor=1, position=0),
-        Tier(8, 3): PageFields(k=64, v=12, radius=2, v_scale=2, anchor=1, position=0),
-        Tier(16, 16): PageFields(k=256, v=64, radius=0, v_scale=0, anchor=0, position=0),
-        Tier(4, 16): PageFields(k=32, v=64, radius=1, v_scale=0, anchor=1, position=0),
+        Tier(4, 4): PageFields(k=32, v=16, radius=1, v_scale=2, anchor=1, position=0, statistics=0),
+        Tier(3, 2): PageFields(k=24, v=8, radius=1, v_scale=2, anchor=1, position=0, statistics=0),
+        Tier(8, 3): PageFields(k=64, v=12, radius=2, v_scale=2, anchor=1, position=0, statistics=0),
+        Tier(16, 16): PageFields(k=256, v=64, radius=0, v_scale=0, anchor=0, position=0, statistics=0),
+        Tier(4, 16): PageFields(k=32, v=64, radius=1, v_scale=0, anchor=1, position=0, statistics=0),
     }
     assert {tier: layout.fields(tier, 64, 32, (4, 2)) for tier in expected} == expected
     assert layout.page_bytes(Tier(4, 4), 64, 32, (4, 2)) == 52 * 64
     assert layout.fields(Tier(4, 4), 64, 32, (4, 2)).metadata == 4
     kept = replace(layout, kept=True)  # a position instead of the anchor's index, which follows from it
-    assert kept.fields(Tier(4, 4), 64, 32, (4, 2)) == PageFields(k=32, v=16, radius=1, v_scale=2, anchor=0, position=4)
+    own = kept.fields(Tier(4, 4), 64, 32, (4, 2))
+    assert own == PageFields(k=32, v=16, radius=1, v_scale=2, anchor=0, position=4, statistics=4)
 
 
 def test_a_page_is_whole_units():

@@ -345,6 +345,7 @@ def encode_keys(
         tl.store((words + token % 64).to(tl.pointer_type(tl.float16)), radius)
         if KEPT:
             tl.store(words + 64 + token % 64, at + token)
+            tl.store(words + 128 + token % 64, tl.zeros(token.shape, tl.int32))  # no attention was counted yet
         else:
             tl.store(POSITIONS + own * 64 + token % 64, at + token)
         tl.store(TIERS + own, 0)
