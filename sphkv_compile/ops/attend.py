@@ -17,7 +17,7 @@ from sphkv_compile.codecs.axis_cosine import AxisCosine
 from sphkv_compile.codecs.keys import rotate_query
 from sphkv_compile.codecs.rotation import unrotate
 from sphkv_compile.ops.append import visible
-from sphkv_compile.ops.pages import radii, read_pages, span_slots, with_positions
+from sphkv_compile.ops.pages import Pages, radii, read_pages, span_slots, with_positions
 from sphkv_compile.ops.read import exact_positions
 from sphkv_compile.spec import PASSTHROUGH, Tier
 from sphkv_compile.storage.layout import Layout
@@ -160,12 +160,8 @@ def refuse_dropped(state: State, first: int, base: int, count: int, mask: Tensor
 
 
 def _add_pages(softmax: Softmax, call: Call, state: State, layout: Layout, first: int) -> None:
-    b, h, g, t, d = call.q.shape
-    turned = rotate_query(call.q, state.pair_scale[:, :, None, None], layout.rotation(d, call.q.device)).reshape(
-        b, h, g * t, d
-    )
-    anchors = state.anchors.float() * state.span_scales[..., :1].float()
-    bias = turned @ anchors.mT  # [B, H, G*T, N]: q'.a' of every span, once
+    b, h, g, t, _ = call.q.shape
+    turned, bias = turned_queries(call.q, state, layout)
     used = (
         int(state.held.sum(-1).max())
         if layout.kept
@@ -182,7 +178,9 @@ def _add_pages(softmax: Softmax, call: Call, state: State, layout: Layout, first
             here = held & (state.tiers[:, :, pages] == index).unsqueeze(-1)
             if not bool(here.any()):
                 continue
-            logits, values, weight = _coded(call, state, layout, tier, pages, slots, turned, bias)
+            fields = read_pages(state, layout, tier, state.table[:, :, pages])
+            logits = key_logits(call.q, state, layout, tier, fields, slots, turned, bias).view(b, h, g, t, -1)
+            values, weight = _values(state, tier, fields)
             here = here.flatten(2)
             logits = logits.masked_fill(~here[:, :, None, None], -math.inf)
             values = values.masked_fill(~here.unsqueeze(-1), 0)  # another tier's bytes could read as not-a-number
@@ -190,26 +188,43 @@ def _add_pages(softmax: Softmax, call: Call, state: State, layout: Layout, first
             softmax.add(_masked(logits, seen, added), values, weight is not None, weight)
 
 
-def _coded(call, state, layout, tier: Tier, pages: slice, slots: Tensor, turned: Tensor, bias: Tensor):
-    """Logits, values and value weights of one block of pages at one tier."""
-    b, h, g, t, d = call.q.shape
-    fields = read_pages(state, layout, tier, state.table[:, :, pages])
+def turned_queries(q: Tensor, state: State, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Queries in the keys' frame, and their products with every span's anchor.
+
+    Shapes: ``q`` float32[B, H, G, T, D] -> [B, H, G * T, D], [B, H, G * T, N].
+    """
+    rot = layout.rotation(q.shape[-1], q.device)
+    turned = rotate_query(q, state.pair_scale[:, :, None, None], rot).flatten(2, 3)
+    anchors = state.anchors.float() * state.span_scales[..., :1].float()
+    return turned, turned @ anchors.mT
+
+
+def key_logits(
+    q: Tensor, state: State, layout: Layout, tier: Tier, fields: Pages, slots: Tensor, turned: Tensor, bias: Tensor
+) -> Tensor:
+    """Logits of the tokens of some pages of one tier, empty slots too.
+
+    Shapes: ``q`` [B, H, G, T, D], fields [B, H, P, page, bytes], ``slots`` int64[B, H, P, page], ``turned``, ``bias``
+    as of :func:`turned_queries` -> float32[B, H, G * T, P * page].
+    """
     if tier.k_bits == PASSTHROUGH:
         keys = fields.k.contiguous().view(state.exact_k.dtype).float().flatten(2, 3)
-        logits = call.q.reshape(b, h, g * t, d) @ keys.mT
-    else:
-        code = layout.code.decode(fields.k.flatten(2, 3), d, tier.k_bits)
-        flat = slots.flatten(2)
-        top = state.span_scales[..., 1].float().gather(2, flat).view(slots.shape)
-        # One radius per token, each with its own span's maximum.
-        radius = radii(fields._replace(radius=fields.radius.unsqueeze(-2)), top).squeeze(-1).flatten(2)
-        anchor = bias.gather(-1, flat.unsqueeze(2).expand(b, h, g * t, -1))
-        logits = (turned @ code.mT) * radius.unsqueeze(2) + anchor
-    logits = logits.view(b, h, g, t, -1)
+        return q.flatten(2, 3) @ keys.mT
+    code = layout.code.decode(fields.k.flatten(2, 3), q.shape[-1], tier.k_bits)
+    flat = slots.flatten(2)
+    top = state.span_scales[..., 1].float().gather(2, flat).view(slots.shape)
+    # One radius per token, each with its own span's maximum.
+    radius = radii(fields._replace(radius=fields.radius.unsqueeze(-2)), top).squeeze(-1).flatten(2)
+    anchor = bias.gather(-1, flat.unsqueeze(2).expand(*turned.shape[:3], -1))
+    return (turned @ code.mT) * radius.unsqueeze(2) + anchor
+
+
+def _values(state: State, tier: Tier, fields: Pages) -> tuple[Tensor, Tensor | None]:
+    """Values, and their weights where they are codes. Shapes: -> [B, H, P * page, Dv], [B, H, P * page]."""
     if tier.v_bits == PASSTHROUGH:
-        return logits, fields.v.contiguous().view(state.exact_v.dtype).float().flatten(2, 3), None
+        return fields.v.contiguous().view(state.exact_v.dtype).float().flatten(2, 3), None
     values = AxisCosine().decode(fields.v.flatten(2, 3), state.exact_v.shape[-1], tier.v_bits)
-    return logits, values, fields.v_scale.contiguous().view(torch.float16).float().flatten(2)
+    return values, fields.v_scale.contiguous().view(torch.float16).float().flatten(2)
 
 
 def _masked(logits: Tensor, seen: Tensor | None, added: Tensor | None) -> Tensor:

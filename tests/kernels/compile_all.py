@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sphkv_compile.kernels.gpu import append as appending
-from sphkv_compile.kernels.gpu import bulk, launch, moving
+from sphkv_compile.kernels.gpu import bulk, launch, moving, statistics
 from sphkv_compile.spec import Tier
 from sphkv_compile.storage.layout import Layout
 from sphkv_compile.storage.moves import Moves
@@ -44,7 +44,7 @@ CONFIGURATIONS = [  # tier or menu of kept tokens, head_dim, dtype, masked, roll
     ("K4V4/K4V2", 128, torch.bfloat16, True, False),
     ("K4V4/K4V2", 128, torch.bfloat16, False, False),
     ("K8V4/K4V4/K4V2", 128, torch.bfloat16, False, False),
-    ("K4V4/K3V3/K2V2", 256, torch.bfloat16, False, False),
+    ("K8V4/K4V4/K4V2", 256, torch.bfloat16, True, False),
     ("K8V4", 128, torch.bfloat16, False, False),
     ("K8V8", 64, torch.bfloat16, True, False),
     ("K8V4", 256, torch.float16, True, True),
@@ -76,12 +76,13 @@ def launches(capability, tier, dim, dtype, masked, rolling, heads=8, columns=409
         (appending, ("append",)),
         (bulk, ("encode_spans", "extents", "turn_queries", "prefill")),
         (moving, ("gather_pages", "put_pages")),
+        (statistics, ("page_attention",)),
     ):
         for name in names:
             kernel = getattr(module, name)
             setattr(module, name, Recorder(kernel.kernel if isinstance(kernel, Recorder) else kernel, calls))
     launch.converts, launch._depends = (lambda device: capability >= 89), (lambda device: capability >= 90)
-    bulk.converts = launch.converts
+    bulk.converts = statistics.converts = launch.converts
     launch.processors = bulk.processors = lambda device: 132
     q, k, v = (torch.zeros(batch, n * heads, 1, dim, dtype=dtype) for n in (4, 1, 1))
     mask = torch.zeros(1, 1, 1, columns, dtype=torch.bool) if masked else None
@@ -94,6 +95,10 @@ def launches(capability, tier, dim, dtype, masked, rolling, heads=8, columns=409
         n = len(menu)
         offsets, token = torch.zeros(n, dtype=torch.int32), torch.zeros(n, 64, dtype=torch.uint8)
         moving.move(state, layout, Moves((1,) * n, offsets, offsets, token.int(), token, token))
+        state.held.fill_(1)
+        rows, spans = torch.zeros(batch, heads, 512, dim), state.anchors.shape[2]
+        bias, exact = torch.zeros(batch, heads, 512, spans), torch.zeros(batch, heads, 512)
+        statistics.mean_attention(state, layout, rows, bias, exact, 128, 1000)
     q, k, v = (torch.zeros(1, n * heads, 256, dim, dtype=dtype) for n in (4, 1, 1))
     mask = torch.zeros(1, 1, 256, columns, dtype=torch.bool)
     bulk.encode(state, layout, torch.zeros(1, dtype=torch.int64), k, v, 4, range(1), 0)

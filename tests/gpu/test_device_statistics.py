@@ -1,0 +1,25 @@
+"""Statistics on a device: the kernel's means are the portable path's."""
+
+import pytest
+import torch
+
+from sphkv_compile.bench.attention import make
+from sphkv_compile.bench.kept import Menu
+from sphkv_compile.ops.statistics import mean_attention
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a device")]
+
+
+THREE = "K8V4:0.1/K4V4:0.2/K4V2:0.2"
+
+
+@pytest.mark.parametrize(
+    ("menu", "dim"), [("K4V4:0.1/K4V2:0.4", 64), ("K3V2:0.5", 128), (THREE, 64), (THREE, 128), (THREE, 256)]
+)
+def test_the_same_means_as_the_portable_path(menu, dim):
+    case = make(Menu.parse(menu), 2, 5000, 2, 4, dim)
+    random = torch.Generator("cuda").manual_seed(1)
+    q = torch.randn(2, 8, 100, dim, device="cuda", generator=random).bfloat16() / 2
+    fused, portable = (mean_attention(case.state, case.layout, q, 4900, None, fused) for fused in (True, False))
+    assert float(portable.sum()) > 0.5
+    torch.testing.assert_close(fused, portable, rtol=1e-2, atol=1e-7)
