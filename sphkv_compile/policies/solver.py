@@ -146,7 +146,8 @@ def _choice(bins: Tensor, kind: Tensor, target: Tensor, shift: Tensor, level: Te
 def _bytes(held: Tensor, prices: Prices) -> Tensor:
     """Bytes of the pages that so many tokens take. Shapes: int64[H, T, ...] -> int64[H, ...]."""
     pages = -(-held // prices.page)
-    return sum(pages[:, t] * price for t, price in enumerate(prices.bytes))
+    each = torch.tensor(prices.bytes, device=held.device)
+    return (pages * each.view(-1, *[1] * (held.dim() - 2))).sum(1)
 
 
 def _first(which: Tensor) -> Tensor:
