@@ -61,9 +61,16 @@ def read_pages(state: State, layout: Layout, tier: Tier, offsets: Tensor) -> Pag
 
 
 def write_pages(state: State, layout: Layout, tier: Tier, offsets: Tensor, pages: Pages) -> None:
-    """Store ``pages`` at ``offsets`` (int32[..., P])."""
+    """Store ``pages`` at ``offsets`` (int32[..., P]).
+
+    Raises:
+        ValueError: a field is wider or narrower than the layout has it: what follows would lie in the wrong place.
+    """
     dims = state.exact_k.shape[-1], state.exact_v.shape[-1], _itemsize(state)
-    units = layout.page_bytes(tier, *dims) // UNIT
+    fields, units = layout.fields(tier, *dims), layout.page_bytes(tier, *dims) // UNIT
+    widths = tuple(part.shape[-1] for part in pages)
+    if widths != fields.widths:
+        raise ValueError(f"a page of {tier} has fields of {fields.widths} bytes a token, not {widths}")
     if layout.tiled:
         pages = _to_tiles(pages, tier, *dims[:2])
     raw = torch.cat([part.flatten(-2) for part in pages], dim=-1)
@@ -140,8 +147,10 @@ def encode_span(k: Tensor, v: Tensor, pair_scale: Tensor, layout: Layout, tier: 
             k.float(), pair_scale, rot, layout.code, tier.k_bits, lowest_bits=lowest, absolute_radius=layout.tiled
         )
         k_field, radius = coded.codes, coded.radius
-        # a page's tokens share its first span; a tiled page needs no index, it lies within one span
-        anchor = none if layout.tiled else torch.zeros(*lead, span, 1, dtype=torch.uint8, device=k.device)
+        # a page's tokens share its first span; a tiled page needs no index, it lies within one span, nor do kept tokens,
+        # whose positions say it
+        index = torch.zeros(*lead, span, 1, dtype=torch.uint8, device=k.device)
+        anchor = none if layout.tiled or layout.kept else index
     if tier.v_bits == PASSTHROUGH:
         v_field, v_scale = as_bytes(v), none
     else:

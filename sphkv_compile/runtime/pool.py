@@ -110,6 +110,9 @@ def arena_bytes(layout: Layout, g: Geometry) -> int:
 
 def reserve(state: State, layout: Layout, g: Geometry, arena: Arena, tokens: int) -> None:
     """Give a page to every slot that ``tokens`` more tokens can fill."""
+    if layout.kept:
+        _reserve_behind(state, layout, g, arena, tokens)
+        return
     total = state.anchors.shape[2]
     size = page_bytes(layout, g)
     table = state.table[:, 0].tolist()  # read once: a long cache has thousands of pages
@@ -121,6 +124,23 @@ def reserve(state: State, layout: Layout, g: Geometry, arena: Arena, tokens: int
         if empty:
             offsets = [[arena.take(size) for _ in empty] for _ in range(g.heads)]
             state.table[row, :, empty] = torch.tensor(offsets, dtype=torch.int32, device=state.table.device)
+
+
+def _reserve_behind(state: State, layout: Layout, g: Geometry, arena: Arena, tokens: int) -> None:
+    """The same where pages are of kept tokens: behind those in use, at the widest tier."""
+    size, used = page_bytes(layout, g), state.held.sum(-1).tolist()
+    table = state.table.tolist()
+    taken: list[tuple[int, int, int, int]] = []
+    for row, (start, length, spans, *_) in enumerate(state.rows.tolist()):
+        end = layout.coded_spans(max(length, start) + tokens - max(start, 0))
+        for head in range(g.heads):
+            first = used[row][head]
+            slots = range(first, first + (end - spans) * layout.pages_per_span)
+            taken += [(row, head, slot, arena.take(size)) for slot in slots if table[row][head][slot] < 0]
+    if taken:
+        *at, offsets = torch.tensor(taken, device=state.table.device).unbind(1)
+        state.table[tuple(at)] = offsets.int()
+        state.tiers[tuple(at)] = 0
 
 
 def release_empty(state: State, layout: Layout, g: Geometry, arena: Arena) -> int:

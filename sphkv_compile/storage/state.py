@@ -117,6 +117,8 @@ def empty_state(layout: Layout, g: Geometry, arena: Tensor) -> State:
         )
     spans = layout.spans(g.capacity, g.rolling)
     pages, device, slots = spans * layout.pages_per_span, arena.device, layout.sink + layout.ring
+    if layout.kept:
+        pages += len(layout.tiers)  # of each, one may be filled in part
     head = (g.batch, g.heads)
 
     def make(*shape: int, dtype: torch.dtype, fill: float = 0) -> Tensor:

@@ -27,8 +27,9 @@ def shuffled_state(layout: Layout, geometry: Geometry, seed: int = 0) -> State:
     """An empty state that has a page for every slot, scattered over an arena of its own: code that takes pages to lie
     in order fails on it."""
     size = layout.page_bytes(layout.tiers[0], geometry.k_dim, geometry.v_dim, geometry.itemsize)
-    pages = geometry.batch * geometry.heads * layout.spans(geometry.capacity, geometry.rolling) * layout.pages_per_span
-    state = empty_state(layout, geometry, torch.zeros(max(1, pages) * size, dtype=torch.uint8))
+    state = empty_state(layout, geometry, torch.zeros(0, dtype=torch.uint8))
+    pages = state.table.numel()
+    state = state._replace(arena=torch.zeros(max(1, pages) * size, dtype=torch.uint8))
     order = torch.randperm(pages, generator=torch.Generator().manual_seed(seed)) * (size // UNIT)
     state.table.copy_(order.int().view_as(state.table))
     return state

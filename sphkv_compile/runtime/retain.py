@@ -1,0 +1,150 @@
+"""Retention: what a policy chose becomes pages and tables, between two steps.
+
+A page all of whose tokens stay is left where it is if it is full. The others of a tier, and the tokens that come to it
+from wider tiers, are packed into new pages by position, so that a row and kv head has one partly filled page of a tier
+at most. Bytes of pages that are given up serve the new ones at once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sphkv_compile.ops.moves import move
+from sphkv_compile.ops.pages import with_positions
+from sphkv_compile.policies import DROP
+from sphkv_compile.storage.arena import Arena
+from sphkv_compile.storage.layout import Layout
+from sphkv_compile.storage.moves import Moves
+from sphkv_compile.storage.state import Geometry, State
+
+
+class Done(NamedTuple):
+    """What one rearrangement did. Units: tokens of a kv head, pages."""
+
+    dropped: int
+    demoted: int
+    moved: int
+    freed_pages: int
+    new_pages: int
+
+
+def rearrange(state: State, layout: Layout, g: Geometry, arena: Arena, choice: Tensor) -> Done:
+    """Bring every token to its tier, or drop it; tables, counters and the arena follow.
+
+    Pages that are reserved for spans to come stay behind those in use.
+
+    Args:
+        choice: tier of each token, an index into the menu not smaller than its own, or :data:`DROP`; what it says of
+            empty slots does not matter.
+
+    Shapes: ``choice`` uint8[B, H, P, page].
+
+    Raises:
+        ValueError: a token would get wider; nothing has changed.
+    """
+    heads, slots = g.batch * g.heads, state.table.shape[2]
+    positions = with_positions(state, layout).positions.view(heads, slots, layout.page)
+    used = state.held.sum(-1).view(heads, 1)
+    tier = state.tiers.view(heads, slots).long()
+    wanted = torch.where(positions >= 0, choice.view(heads, slots, layout.page).long(), DROP)
+    if bool((wanted < tier.unsqueeze(-1)).any()):
+        raise ValueError("a token of a narrow tier was to become wider; a policy may keep a tier, lower it, or drop")
+
+    there = positions >= 0
+    stays = there & (wanted == tier.unsqueeze(-1))
+    in_use = torch.arange(slots, device=used.device) < used
+    count, kept = there.sum(-1), stays.sum(-1)
+    whole = in_use & (kept == layout.page)
+    single = _single(in_use & (kept == count) & (count > 0) & ~whole, wanted, whole, tier, len(layout.tiers))
+    whole = whole | single
+    done = (int((there & (wanted == DROP)).sum()), int((there & ~stays & (wanted != DROP)).sum()))
+
+    packed = there & (wanted != DROP) & ~whole.unsqueeze(-1)
+    head, slot, inside = packed.nonzero(as_tuple=True)
+    to = wanted[head, slot, inside]
+    order = _order(to, head, positions[head, slot, inside])
+    head, slot, inside, to = (x[order] for x in (head, slot, inside, to))
+    page, within, of = _pages(to * heads + head, layout.page)
+    target, owner = of // heads, of % heads
+
+    old = in_use & ~whole
+    for offset, index in zip(state.table.view(heads, slots)[old].tolist(), tier[old].tolist()):
+        arena.give(offset, layout.page_bytes(layout.tiers[index], g.k_dim, g.v_dim, g.itemsize))
+    sizes = [layout.page_bytes(t, g.k_dim, g.v_dim, g.itemsize) for t in layout.tiers]
+    offsets = torch.tensor([arena.take(sizes[t]) for t in target.tolist()], dtype=torch.int32, device=used.device)
+
+    shape = (target.shape[0], layout.page)
+    sources = torch.full(shape, -1, dtype=torch.int32, device=used.device)
+    sources[page, within] = state.table.view(heads, slots)[head, slot]
+    tiers, places = (torch.zeros(shape, dtype=torch.uint8, device=used.device) for _ in range(2))
+    tiers[page, within], places[page, within] = tier[head, slot].to(torch.uint8), inside.to(torch.uint8)
+    counts = tuple(torch.bincount(target, minlength=len(layout.tiers)).tolist())
+    owners = torch.stack([owner // g.heads, owner % g.heads], 1).int()
+    move(state, layout, Moves(counts, offsets, owners, sources, tiers, places))
+    _tables(state, layout, whole, in_use, offsets, owner, target)
+    return Done(*done, packed.sum().item(), int(old.sum()), target.shape[0])
+
+
+def _single(alone: Tensor, wanted: Tensor, whole: Tensor, tier: Tensor, menu: int) -> Tensor:
+    """Partly filled pages that may stay too: where nothing else is packed into their tier.
+
+    Shapes: ``alone`` bool[heads, P], all of whose tokens stay; ``wanted`` int64[heads, P, page] -> bool[heads, P].
+    """
+    single = torch.zeros_like(alone)
+    for index in range(menu):
+        packed = ((wanted == index) & ~whole.unsqueeze(-1)).sum(-1)  # of each page, tokens that go to this tier
+        only = (packed > 0).sum(-1, keepdim=True) == 1
+        single |= alone & (tier == index) & only & (packed > 0)
+    return single
+
+
+def _order(to: Tensor, head: Tensor, position: Tensor) -> Tensor:
+    """By tier, then head, then position. Shapes: int64[n] each -> int64[n]."""
+    order = position.argsort(stable=True)
+    order = order[head[order].argsort(stable=True)]
+    return order[to[order].argsort(stable=True)]
+
+
+def _pages(group: Tensor, page: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sorted tokens into pages, each of one group: page and slot of every token, then, of every page, its group.
+
+    Shapes: int64[n] -> int64[n] twice, int64[M].
+    """
+    groups, count = torch.unique_consecutive(group, return_counts=True)
+    pages = -(-count // page)
+    first = pages.cumsum(0) - pages
+    rank = torch.arange(group.shape[0], device=group.device) - (count.cumsum(0) - count).repeat_interleave(count)
+    return first.repeat_interleave(count) + rank // page, rank % page, groups.repeat_interleave(pages)
+
+
+def _tables(
+    state: State, layout: Layout, whole: Tensor, in_use: Tensor, offsets: Tensor, owner: Tensor, target: Tensor
+) -> None:
+    """Each head's pages anew: the narrowest first, then those reserved, which are of the widest.
+
+    Shapes: ``whole``, ``in_use`` bool[heads, P]; ``offsets``, ``owner``, ``target`` [M] of the new pages.
+    """
+    heads, slots = whole.shape
+    menu = len(layout.tiers)
+    table, tiers = state.table.view(heads, slots), state.tiers.view(heads, slots)
+    reserved = ~in_use & (table >= 0)
+    keep_head, keep_slot = (whole | reserved).nonzero(as_tuple=True)
+    rank = torch.where(reserved[keep_head, keep_slot], menu, menu - 1 - tiers[keep_head, keep_slot].long())
+    head = torch.cat([keep_head, owner])
+    rank = torch.cat([rank, menu - 1 - target])
+    offset = torch.cat([table[keep_head, keep_slot], offsets])
+    order = (head * (menu + 1) + rank).argsort(stable=True)
+    head, rank, offset = head[order], rank[order], offset[order]
+    count = torch.bincount(head, minlength=heads)
+    slot = torch.arange(head.shape[0], device=head.device) - (count.cumsum(0) - count)[head]
+    table.fill_(-1)
+    tiers.zero_()
+    table[head, slot] = offset.int()
+    tiers[head, slot] = torch.where(rank == menu, 0, menu - 1 - rank).to(torch.uint8)
+    held = torch.zeros(heads, menu, dtype=torch.int32, device=head.device)
+    used = rank < menu
+    held.index_put_((head[used], menu - 1 - rank[used]), torch.ones_like(head[used], dtype=torch.int32), True)
+    state.held.copy_(held.view_as(state.held))
