@@ -147,8 +147,8 @@ def encode_span(k: Tensor, v: Tensor, pair_scale: Tensor, layout: Layout, tier: 
             k.float(), pair_scale, rot, layout.code, tier.k_bits, lowest_bits=lowest, absolute_radius=layout.tiled
         )
         k_field, radius = coded.codes, coded.radius
-        # a page's tokens share its first span; no index is needed where a page lies within one span, as tiled ones do, or
-        # where positions say it
+        # a page's tokens share its first span; none is needed where a page lies within one, as tiled ones do, or where
+        # positions say it
         index = torch.zeros(*lead, span, 1, dtype=torch.uint8, device=k.device)
         anchor = none if layout.tiled or layout.kept else index
     if tier.v_bits == PASSTHROUGH:

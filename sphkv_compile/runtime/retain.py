@@ -43,7 +43,8 @@ def rearrange(state: State, layout: Layout, g: Geometry, arena: Arena, choice: T
     Shapes: ``choice`` uint8[B, H, P, page].
 
     Raises:
-        ValueError: a token would get wider; nothing has changed.
+        ValueError: a token would get wider.
+        ArenaFull: the new pages do not fit where the old ones were. In both cases nothing has changed.
     """
     heads, slots = g.batch * g.heads, state.table.shape[2]
     positions = with_positions(state, layout).positions.view(heads, slots, layout.page)
@@ -71,10 +72,12 @@ def rearrange(state: State, layout: Layout, g: Geometry, arena: Arena, choice: T
     target, owner = of // heads, of % heads
 
     old = in_use & ~whole
-    for offset, index in zip(state.table.view(heads, slots)[old].tolist(), tier[old].tolist()):
-        arena.give(offset, layout.page_bytes(layout.tiers[index], g.k_dim, g.v_dim, g.itemsize))
     sizes = [layout.page_bytes(t, g.k_dim, g.v_dim, g.itemsize) for t in layout.tiers]
-    offsets = torch.tensor([arena.take(sizes[t]) for t in target.tolist()], dtype=torch.int32, device=used.device)
+    with arena.all_or_nothing():
+        for offset, index in zip(state.table.view(heads, slots)[old].tolist(), tier[old].tolist()):
+            arena.give(offset, sizes[index])
+        taken = [arena.take(sizes[t]) for t in target.tolist()]
+    offsets = torch.tensor(taken, dtype=torch.int32, device=used.device)
 
     shape = (target.shape[0], layout.page)
     sources = torch.full(shape, -1, dtype=torch.int32, device=used.device)
@@ -85,7 +88,7 @@ def rearrange(state: State, layout: Layout, g: Geometry, arena: Arena, choice: T
     owners = torch.stack([owner // g.heads, owner % g.heads], 1).int()
     move(state, layout, Moves(counts, offsets, owners, sources, tiers, places))
     _tables(state, layout, whole, in_use, offsets, owner, target)
-    return Done(*done, packed.sum().item(), int(old.sum()), target.shape[0])
+    return Done(*done, int(packed.sum()), int(old.sum()), target.shape[0])
 
 
 def _single(alone: Tensor, wanted: Tensor, whole: Tensor, tier: Tensor, menu: int) -> Tensor:

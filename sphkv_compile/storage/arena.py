@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -61,6 +63,17 @@ class Arena:
         units = -(-nbytes // UNIT)
         self.free_pages[units].append(offset)
         self.used -= units * UNIT
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """What is taken and given inside holds only if nothing is raised."""
+        before = self.tail, {units: list(pages) for units, pages in self.free_pages.items()}, self.used
+        try:
+            yield
+        except BaseException:
+            self.tail, pages, self.used = before
+            self.free_pages = defaultdict(list, pages)
+            raise
 
     def _merge(self) -> None:
         runs: list[list[int]] = []

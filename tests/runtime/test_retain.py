@@ -13,7 +13,7 @@ from sphkv_compile.policies import DROP
 from sphkv_compile.runtime.pool import page_bytes, reserve
 from sphkv_compile.runtime.retain import rearrange
 from sphkv_compile.spec import Tier
-from sphkv_compile.storage.arena import Arena
+from sphkv_compile.storage.arena import Arena, ArenaFull
 from sphkv_compile.storage.layout import Layout
 from sphkv_compile.storage.state import LENGTH, Geometry, empty_state
 from sphkv_compile.testing.oracle import random_tokens
@@ -135,6 +135,23 @@ def test_everything_can_go_and_its_bytes_serve_again(direct):
         assert done.dropped and done.freed_pages and done.new_pages == 0 and cache.arena.used == 0, turn
         cache.check(direct)
     cache.grow(100)
+    cache.check(direct)
+
+
+def test_an_arena_too_small_for_it_leaves_all_as_it_was(direct):
+    """Four tokens of a page become narrower: there are two pages, filled in part, where there was one."""
+    probe = Cache()
+    probe.grow(52)
+    cache = Cache(probe.arena.used)  # one span: two pages a head
+    cache.grow(52)
+    before = cache.state.table.clone(), cache.arena.data.clone(), cache.arena.used
+    few = torch.where(cache.tier >= 0, (torch.arange(700) < 8).long(), cache.tier)
+    with pytest.raises(ArenaFull):
+        cache.rearrange(few)
+    assert torch.equal(cache.state.table, before[0]) and torch.equal(cache.arena.data, before[1])
+    assert cache.arena.used == before[2]
+    cache.check(direct)
+    cache.rearrange(torch.where(cache.tier >= 0, 2, cache.tier))
     cache.check(direct)
 
 
