@@ -16,16 +16,35 @@ DROP = 255
 
 @dataclass(frozen=True)
 class Held:
-    """What a policy may look at: the coded tokens of one site.
+    """What a policy may look at: the coded tokens of one site. What a site does not know is None.
 
-    Shapes: ``positions`` int32[B, H, P, page], -1 where a slot is empty; ``tiers`` uint8[B, H, P]; ``length`` int64[B],
-    one past the newest position of each row.
+    Args:
+        positions: of each token, -1 where a slot is empty.
+        tiers: of each page, an index into ``menu``, which is widest first.
+        length: one past the newest position of each row.
+        prices: bytes of a page of each tier.
+        planned: position up to which each row's tokens were planned before; what is newer is at the widest tier because
+            it was coded there, not because it was chosen.
+        mean, recent: softmax weight that the token got from a query head, over its life and lately.
+        expected: the same, as the head's queries promise it for the next steps.
+        value_norm: length of the token's value.
+        kappa: variance of the head's logits at unit relative key error (:mod:`sphkv_compile.runtime.certificate`).
+
+    Shapes: int32[B, H, P, page], uint8[B, H, P], int64[B], then ``planned`` int64[B], float32[B, H, P, page] each, and
+    ``kappa`` float32[B, H].
     """
 
     positions: Tensor
     tiers: Tensor
     length: Tensor
     menu: tuple[Tier, ...]
+    prices: tuple[int, ...] = ()
+    planned: Tensor | None = None
+    mean: Tensor | None = None
+    recent: Tensor | None = None
+    expected: Tensor | None = None
+    value_norm: Tensor | None = None
+    kappa: Tensor | None = None
 
 
 class Policy(ABC):
@@ -34,11 +53,11 @@ class Policy(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def plan(self, held: Held, budget: int | None) -> Tensor:
-        """The tier of each coded token, an index into the menu, or :data:`DROP`.
+    def plan(self, held: Held, budget: Tensor | None) -> Tensor:
+        """The tier of each coded token, an index into the menu not smaller than its own, or :data:`DROP`.
 
         Args:
-            budget: bytes that the pages of this site may occupy; None: no limit.
+            budget: bytes that the pages of each row and kv head may occupy; None: no limit.
 
-        Shapes: -> uint8[B, H, P, page]; ties are broken by position, so that every rank decides alike.
+        Shapes: int64[B, H] -> uint8[B, H, P, page]; ties are broken by position, so that every rank decides alike.
         """

@@ -12,6 +12,6 @@ class KeepAll(Policy):
 
     name = "keep_all"
 
-    def plan(self, held: Held, budget: int | None) -> Tensor:
+    def plan(self, held: Held, budget: Tensor | None) -> Tensor:
         """Shapes: -> uint8[B, H, P, page]."""
         return held.tiers.unsqueeze(-1).expand_as(held.positions)
