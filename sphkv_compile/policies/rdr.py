@@ -4,7 +4,7 @@ A token's loss is its expected share of attention times the length of its value,
 its codes are coarse: keys' noise moves every weight of a softmax, values' noise does not, and neither adds up as drops
 do.
 
-Source: SPHERICAL KV (arXiv 2605.18856), retention; weights and constants are measured (RDR.md of the project).
+Source: SPHERICAL KV (arXiv 2605.18856), retention; the weights and constants below are measured.
 """
 
 from __future__ import annotations

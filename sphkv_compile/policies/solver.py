@@ -5,7 +5,7 @@ worth, y: a Lagrange multiplier lambda then gives tier t or a wider one to the t
 are the slopes of the curve's lower hull. A histogram of log y says how many those are for every lambda at once, so the
 bytes of each lambda are known without a sort, a search or a question to the device.
 
-Source: RDR.md of the project; SPHERICAL KV (arXiv 2605.18856), retention under a rate constraint.
+Source: SPHERICAL KV (arXiv 2605.18856), retention under a rate constraint; Lagrangian bit allocation.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ from torch import Tensor
 BINS = 4096
 PER_OCTAVE = 128
 """Bins of a factor of two: tokens of one bin differ by half a per cent."""
-OCTAVES = BINS // PER_OCTAVE
+SHIFTS = 2048
+"""Bins by which a slope may lie below the head's steepest: a factor of 65536."""
+NEAR = 16
+"""Bins below the threshold among which the last bytes are spent: a twelfth of its value."""
+MOST = 4096
+"""Tokens of a head that share what the threshold leaves."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ def allocate(worth: Tensor, kind: Tensor, loss: Tensor, prices: Prices, budget: 
     above[..., :BINS] = counts.view(heads, kinds, BINS + 1)[..., 1:].flip(-1).cumsum(-1).flip(-1)
 
     # for every lambda, from the greatest down: tokens at each choice, and their bytes
-    span = int(OCTAVES * PER_OCTAVE) + 2 * SHIFTS
+    span = BINS + 2 * SHIFTS
     levels = torch.arange(span, -1, -1, device=device) - SHIFTS  # the bin that a slope of one would need
     held = torch.zeros(heads, choices, span + 1, dtype=torch.int64, device=device)
     for edge in range(choices - 1):
@@ -88,16 +93,8 @@ def allocate(worth: Tensor, kind: Tensor, loss: Tensor, prices: Prices, budget: 
     return out[:, :-1].long()
 
 
-SHIFTS = 2048
-"""Bins by which a slope may lie below the head's steepest: a factor of 65536."""
-NEAR = 16
-"""Bins below the threshold among which the last bytes are spent: a twelfth of its value."""
-MOST = 4096
-"""Tokens of a head that share what the threshold leaves."""
-
-
 def _bins(worth: Tensor) -> Tensor:
-    """Bin of log2 y, the head's greatest in the last one; what is 32 octaves below shares the first; -1 for what is not
+    """Bin of log2 y: the head's greatest lies in the last, what is 32 octaves below it in the first; -1 for what is not
     there. Shapes: float32[H, N] -> int32[H, N]."""
     top = worth.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     bins = ((worth / top).log2() * PER_OCTAVE + BINS - 1).clamp(min=0)  # of zero: -inf
