@@ -209,7 +209,7 @@ def _encode(
     slots = torch.arange(spans.start, spans.stop, device=k.device) % total
     members, heads = rows.index.to(k.device).view(-1, 1, 1), torch.arange(k.shape[1], device=k.device).view(1, -1, 1)
     at = members, heads, _pages_of(state, layout, rows, slots)
-    if bool((state.table[at] < 0).any()):
+    if bool((state.table[at] < 0).any()) or (layout.kept and bool((state.tiers[at] > 0).any())):
         raise RuntimeError(
             "sphkv: no page is reserved for a span that leaves the window; the plan of this step was skipped"
         )

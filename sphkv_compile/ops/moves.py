@@ -29,12 +29,7 @@ def move(state: State, layout: Layout, moves: Moves, fused: bool = True) -> None
     Raises:
         ValueError: the layout holds no kept tokens, or its tiers do not nest.
     """
-    if not layout.kept:
-        raise ValueError("moves are of kept tokens; expected a layout with kept=True")
-    if len(layout.tiers) > 1 and not layout.code.nested:
-        raise ValueError(f"codec {layout.codec!r} does not nest: with several tiers expected 'axis_cosine'")
-    if len(layout.tiers) > 1 and any(PASSTHROUGH in (tier.k_bits, tier.v_bits) for tier in layout.tiers):
-        raise ValueError(f"{'/'.join(map(str, layout.tiers))}: no code is made from 16 bits; expected 8 or less in all")
+    check_moves(layout)
     if not moves.offsets.numel():
         return
     if fused and (kernels := _on_device(state, layout)) is not None:
@@ -48,6 +43,16 @@ def move(state: State, layout: Layout, moves: Moves, fused: bool = True) -> None
             written.append((tier, moves.offsets[mine], _gathered(state, layout, moves, index, mine)))
     for tier, offsets, pages in written:
         write_pages(state, layout, tier, offsets, pages)
+
+
+def check_moves(layout: Layout) -> None:
+    """Raises: ValueError: the layout holds no kept tokens, or its tiers do not nest."""
+    if not layout.kept:
+        raise ValueError("moves are of kept tokens; expected a layout with kept=True")
+    if len(layout.tiers) > 1 and not layout.code.nested:
+        raise ValueError(f"codec {layout.codec!r} does not nest: with several tiers expected 'axis_cosine'")
+    if len(layout.tiers) > 1 and any(PASSTHROUGH in (tier.k_bits, tier.v_bits) for tier in layout.tiers):
+        raise ValueError(f"{'/'.join(map(str, layout.tiers))}: no code is made from 16 bits; expected 8 or less in all")
 
 
 def _on_device(state: State, layout: Layout) -> ModuleType | None:

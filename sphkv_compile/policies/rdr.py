@@ -33,7 +33,7 @@ HYSTERESIS = 0.1
 
 
 class Rdr(Policy):
-    """The default where a budget is given."""
+    """Needs a budget; what else a site does not know, it does without."""
 
     name: ClassVar[str] = "rdr"
 
@@ -93,6 +93,7 @@ class Rdr(Policy):
 def _kinds(held: Held) -> Tensor:
     """Which row of the losses a token goes by. Shapes: -> int64[B, H, P, 1 or page]."""
     tier = held.tiers.long().unsqueeze(-1)
-    if held.planned is None:
-        return torch.full_like(tier, len(held.menu))
-    return torch.where(held.positions >= held.planned.view(-1, 1, 1, 1), len(held.menu), tier)
+    new = tier == 0  # what was coded, and not chosen, is at the widest
+    if held.planned is not None:
+        new = new & (held.positions >= held.planned.view(-1, 1, 1, 1))
+    return torch.where(new, len(held.menu), tier)

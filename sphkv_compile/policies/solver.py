@@ -22,8 +22,8 @@ SHIFTS = 2048
 """Bins by which a slope may lie below the head's steepest: a factor of 65536."""
 NEAR = 16
 """Bins below the threshold among which the last bytes are spent: a twelfth of its value."""
-MOST = 4096
-"""Tokens of a head that share what the threshold leaves."""
+RUNS = 4096
+"""Runs of tokens at the threshold, one token each where there are so few, that are served whole or not at all."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,10 @@ class Prices:
     bytes: tuple[int, ...]
     page: int
 
+    def __post_init__(self) -> None:
+        if self.bytes[0] != 0 or sorted(set(self.bytes)) != list(self.bytes):
+            raise ValueError(f"prices {self.bytes}: expected 0 for the drop, then ascending bytes, no two the same")
+
 
 def allocate(worth: Tensor, kind: Tensor, loss: Tensor, prices: Prices, budget: Tensor) -> Tensor:
     """The choice of each token: 0 drops it, t keeps it at the t-th choice of ``prices``, narrowest first.
@@ -41,7 +45,7 @@ def allocate(worth: Tensor, kind: Tensor, loss: Tensor, prices: Prices, budget: 
     decides alike.
 
     Args:
-        worth: y >= 0; what is not there is marked by a negative one and gets 0.
+        worth: y >= 0, not-a-number counts as 0; what is not there is marked by a negative one and gets 0.
         kind: which row of ``loss`` a token goes by: what it costs to change depends on what it is.
         loss: expected loss of each choice in units of y; inf where it is not allowed. 0, the drop, must be.
         prices: of each choice, ascending.
@@ -52,6 +56,8 @@ def allocate(worth: Tensor, kind: Tensor, loss: Tensor, prices: Prices, budget: 
     """
     heads, device = worth.shape[0], worth.device
     kinds, choices = loss.shape[1:]
+    if not worth.shape[1]:
+        return kind.clone()
     each = torch.tensor([b / prices.page for b in prices.bytes], device=device)
     target, shift = _hull(loss.float(), each)
     bins = _bins(worth)
@@ -82,20 +88,17 @@ def allocate(worth: Tensor, kind: Tensor, loss: Tensor, prices: Prices, budget: 
 
     chosen = _choice(bins, kind, target, shift, level)
     # what is left goes to tokens that a smaller lambda would serve too: those of the next bin, then any near it
-    tokens = _first(chosen != _choice(bins, kind, target, shift, level - NEAR))
-    among = [torch.cat([x, x[:, :1]], 1).gather(1, tokens) for x in (bins, kind, chosen)]
-    some, there = among[2], tokens < worth.shape[1]
-    counts = torch.stack([(chosen == t).sum(-1) for t in range(choices)], 1)
+    counts = held.gather(-1, best.clamp(min=0).view(-1, 1, 1).expand(-1, choices, -1)).squeeze(-1)
     for lower in (1, NEAR):
-        more = torch.where(there, _choice(among[0], among[1], target, shift, level - lower), some)
-        some, counts = _fill(some, more, counts, prices, budget)
-    out = torch.cat([chosen, chosen[:, :1]], 1).scatter_(1, tokens, some)
-    return out[:, :-1].long()
+        more = _choice(bins, kind, target, shift, level - lower)
+        chosen, counts = _fill(chosen, more, counts, prices, budget)
+    return chosen.long()
 
 
 def _bins(worth: Tensor) -> Tensor:
     """Bin of log2 y: the head's greatest lies in the last, what is 32 octaves below it in the first; -1 for what is not
     there. Shapes: float32[H, N] -> int32[H, N]."""
+    worth = worth.nan_to_num(nan=0.0)  # infinity becomes the largest number
     top = worth.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     bins = ((worth / top).log2() * PER_OCTAVE + BINS - 1).clamp(min=0)  # of zero: -inf
     return torch.where(worth >= 0, bins, -1).to(torch.int32)
@@ -147,29 +150,28 @@ def _bytes(held: Tensor, prices: Prices) -> Tensor:
     return (pages * each.view(-1, *[1] * (held.dim() - 2))).sum(1)
 
 
-def _first(which: Tensor) -> Tensor:
-    """Indices of the first true entries, :data:`MOST` at most; behind them the length. Shapes: bool[H, N] -> int64[H,
-    MOST]."""
-    heads, length = which.shape
-    rank = which.cumsum(-1, dtype=torch.int32)
-    place = torch.where(which & (rank <= MOST), rank - 1, MOST).long()
-    out = torch.full((heads, MOST + 1), length, dtype=torch.int64, device=which.device)
-    out.scatter_(1, place, torch.arange(length, device=which.device).expand(heads, -1))
-    out = out[:, :MOST]
-    return torch.where(torch.arange(MOST, device=which.device) < rank[:, -1:], out, length)
+def _fill(chosen: Tensor, more: Tensor, counts: Tensor, prices: Prices, budget: Tensor) -> tuple[Tensor, Tensor]:
+    """Give ``more`` instead of ``chosen`` to the first tokens for which the bytes suffice, and count.
 
-
-def _fill(some: Tensor, more: Tensor, counts: Tensor, prices: Prices, budget: Tensor) -> tuple[Tensor, Tensor]:
-    """Give ``more`` instead of ``some`` to the first tokens for which the bytes suffice; also how many each choice then
-    has. Shapes: [H, n] twice, int64[H, T], int64[H]."""
-    choices = len(prices.bytes)
-    each = torch.tensor(prices.bytes, device=some.device) / prices.page
+    Shapes: int32[H, N] twice, ``counts`` int64[H, T] of what each choice has.
+    """
+    choices, heads = len(prices.bytes), chosen.shape[0]
+    each = torch.tensor(prices.bytes, device=chosen.device) / prices.page
+    differ = chosen != more
+    rank = differ.cumsum(-1, dtype=torch.int32)
+    width = (rank[:, -1:] + RUNS - 1) // RUNS  # tokens of a run
+    run = torch.where(differ, (rank - 1) // width.clamp(min=1), RUNS)
+    grown = torch.zeros(heads, choices * choices * (RUNS + 1), dtype=torch.int32, device=chosen.device)
+    index = ((chosen * choices + more) * (RUNS + 1) + run).long()
+    grown.scatter_add_(1, index, torch.ones((), dtype=torch.int32, device=chosen.device).expand_as(index))
+    grown = grown.view(heads, choices, choices, RUNS + 1)
+    grown = (grown.sum(1) - grown.sum(2)).masked_fill(torch.arange(RUNS + 1, device=chosen.device) == RUNS, 0)
+    # one that alone is too dear is passed over, for those behind it
     left = budget.unsqueeze(-1) - (counts * each).sum(-1, keepdim=True)
-    differ = (some != more) & (each[more.long()] - each[some.long()] <= left)
-    changes = [((more == t).long() - (some == t).long()) * differ for t in range(choices)]
-    grown = counts.unsqueeze(-1) + torch.stack(changes, 1).cumsum(-1)
-    fits = (_bytes(grown, prices) <= budget.unsqueeze(-1)) & differ
-    taken = (fits * torch.arange(1, some.shape[1] + 1, device=some.device)).amax(-1, keepdim=True)
-    counts = torch.where(taken > 0, grown.gather(-1, (taken - 1).clamp(min=0).unsqueeze(1).expand(-1, choices, -1))
-                         .squeeze(-1), counts)  # fmt: skip
-    return torch.where(differ & (torch.arange(some.shape[1], device=some.device) < taken), more, some), counts
+    cheap = ((grown * each.view(-1, 1)).sum(1) <= left) & (grown != 0).any(1)
+    total = counts.unsqueeze(-1) + (grown * cheap.unsqueeze(1)).cumsum(-1)
+    fits = (_bytes(total, prices) <= budget.unsqueeze(-1)) & cheap
+    number = torch.arange(RUNS + 1, device=chosen.device)
+    served = cheap & (number <= (fits * number).amax(-1, keepdim=True)) & fits.any(-1, keepdim=True)
+    counts = counts + (grown * served.unsqueeze(1)).sum(-1)
+    return torch.where(served.gather(1, run.long()), more, chosen), counts

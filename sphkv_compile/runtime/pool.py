@@ -105,7 +105,8 @@ def page_bytes(layout: Layout, g: Geometry, tier: int = 0) -> int:
 
 def arena_bytes(layout: Layout, g: Geometry) -> int:
     """Bytes of the pages that a site needs when it is full."""
-    return g.batch * g.heads * layout.spans(g.capacity, g.rolling) * layout.pages_per_span * page_bytes(layout, g)
+    pages = layout.spans(g.capacity, g.rolling) * layout.pages_per_span + (len(layout.tiers) if layout.kept else 0)
+    return g.batch * g.heads * pages * page_bytes(layout, g)
 
 
 def reserve(state: State, layout: Layout, g: Geometry, arena: Arena, tokens: int) -> None:
@@ -122,25 +123,30 @@ def reserve(state: State, layout: Layout, g: Geometry, arena: Arena, tokens: int
         pages = [slot * layout.pages_per_span + i for slot in slots for i in range(layout.pages_per_span)]
         empty = [p for p in pages if table[row][p] < 0]
         if empty:
-            offsets = [[arena.take(size) for _ in empty] for _ in range(g.heads)]
+            with arena.all_or_nothing():
+                offsets = [[arena.take(size) for _ in empty] for _ in range(g.heads)]
             state.table[row, :, empty] = torch.tensor(offsets, dtype=torch.int32, device=state.table.device)
 
 
 def _reserve_behind(state: State, layout: Layout, g: Geometry, arena: Arena, tokens: int) -> None:
-    """The same where pages are of kept tokens: behind those in use, at the widest tier."""
-    size, used = page_bytes(layout, g), state.held.sum(-1).tolist()
-    table = state.table.tolist()
-    taken: list[tuple[int, int, int, int]] = []
-    for row, (start, length, spans, *_) in enumerate(state.rows.tolist()):
-        end = layout.coded_spans(max(length, start) + tokens - max(start, 0))
-        for head in range(g.heads):
-            first = used[row][head]
-            slots = range(first, first + (end - spans) * layout.pages_per_span)
-            taken += [(row, head, slot, arena.take(size)) for slot in slots if table[row][head][slot] < 0]
-    if taken:
-        *at, offsets = torch.tensor(taken, device=state.table.device).unbind(1)
-        state.table[tuple(at)] = offsets.int()
-        state.tiers[tuple(at)] = 0
+    """The same where pages are of kept tokens: behind those in use, at the widest tier. What a row that began anew left
+    there at other tiers goes back."""
+    behind = torch.arange(state.table.shape[2], device=state.table.device) >= state.held.sum(-1, keepdim=True)
+    left = (behind & (state.table >= 0) & (state.tiers > 0)).nonzero().tolist()
+    table, tiers, used = state.table.tolist(), state.tiers.tolist(), state.held.sum(-1).tolist()
+    written = [(row, head, slot, -1) for row, head, slot in left]
+    with arena.all_or_nothing():
+        for row, head, slot in left:
+            arena.give(table[row][head][slot], page_bytes(layout, g, tiers[row][head][slot]))
+            table[row][head][slot] = -1
+        for row, (start, length, spans, *_) in enumerate(state.rows.tolist()):
+            end = layout.coded_spans(max(length, start) + tokens - max(start, 0))
+            count = (min(end, state.anchors.shape[2]) - spans) * layout.pages_per_span
+            for head, first in enumerate(used[row]):
+                slots = [slot for slot in range(first, first + count) if table[row][head][slot] < 0]
+                written += [(row, head, slot, arena.take(page_bytes(layout, g))) for slot in slots]
+    for row, head, slot, offset in written:
+        state.table[row, head, slot], state.tiers[row, head, slot] = offset, 0
 
 
 def release_empty(state: State, layout: Layout, g: Geometry, arena: Arena) -> int:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sphkv_compile.ops.moves import move
+from sphkv_compile.ops.moves import check_moves, move
 from sphkv_compile.ops.pages import with_positions
 from sphkv_compile.policies import DROP
 from sphkv_compile.storage.arena import Arena
@@ -43,9 +43,10 @@ def rearrange(state: State, layout: Layout, g: Geometry, arena: Arena, choice: T
     Shapes: ``choice`` uint8[B, H, P, page].
 
     Raises:
-        ValueError: a token would get wider.
-        ArenaFull: the new pages do not fit where the old ones were. In both cases nothing has changed.
+        ValueError: a token would get wider, or the layout's tiers do not nest.
+        ArenaFull: the new pages do not fit where the old ones were. In all cases nothing has changed.
     """
+    check_moves(layout)
     heads, slots = g.batch * g.heads, state.table.shape[2]
     positions = with_positions(state, layout).positions.view(heads, slots, layout.page)
     used = state.held.sum(-1).view(heads, 1)

@@ -25,7 +25,7 @@ def test_writes_rows():
     rows = list(writes.run([1, 2], [4096], [64], ["K4V2"]))
     assert [row["what"] for row in rows] == ["append", "append", "encode", "prefill"]
     assert all(row["longest_us"] > 0.5 * row["us"] for row in rows[:2])
-    assert rows[3]["us"] > rows[3]["dense_us"]
+    assert rows[3]["us"] > 0.9 * rows[3]["dense_us"] > 0
     assert writes.table(rows).row_count == 4
 
 

@@ -40,7 +40,7 @@ def test_the_same_bytes_as_the_portable_path(menu, dim):
     sources = torch.where(draw[2] < 1 / 3, -1, sources)
     offsets = (
         torch.tensor(starts, device="cuda")[index]
-        + torch.randperm(old, device="cuda")[:new].repeat(len(tiers)) * units[index]
+        + torch.randperm(old, device="cuda", generator=random)[:new].repeat(len(tiers)) * units[index]
     )  # in the place of pages that are read
     slots = torch.randint(0, 64, shape, dtype=torch.uint8, device="cuda", generator=random)
     owners = torch.zeros(shape[0], 2, dtype=torch.int32, device="cuda")
@@ -48,5 +48,6 @@ def test_the_same_bytes_as_the_portable_path(menu, dim):
     geometry = Geometry(1, 1, 4096, dim, dim, torch.bfloat16, torch.bfloat16, False)
     states = [empty_state(layout, geometry, arena.clone()) for _ in range(2)]
     for state, fused in zip(states, (True, False)):
+        state.span_scales[..., 1] = 1  # radii are absolute
         move(state, layout, moves, fused)
     assert torch.equal(states[0].arena, states[1].arena) and not torch.equal(states[0].arena, arena)

@@ -82,7 +82,7 @@ def launches(capability, tier, dim, dtype, masked, rolling, heads=8, columns=409
             kernel = getattr(module, name)
             setattr(module, name, Recorder(kernel.kernel if isinstance(kernel, Recorder) else kernel, calls))
     launch.converts, launch._depends = (lambda device: capability >= 89), (lambda device: capability >= 90)
-    bulk.converts = statistics.converts = launch.converts
+    bulk.converts = statistics.converts = moving.converts = launch.converts
     launch.processors = bulk.processors = lambda device: 132
     q, k, v = (torch.zeros(batch, n * heads, 1, dim, dtype=dtype) for n in (4, 1, 1))
     mask = torch.zeros(1, 1, 1, columns, dtype=torch.bool) if masked else None

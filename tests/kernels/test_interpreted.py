@@ -329,6 +329,17 @@ def test_a_kept_cache_from_its_first_token():
         shuffled_state(layout, Geometry(B, H, CAPACITY, 64, 64, *2 * (torch.float32,), True))
 
 
+def test_a_row_of_kept_tokens_is_not_begun_anew_by_a_step():
+    """Its pages are of several sizes: only a plan can give it others. The row says so, and stays as it was."""
+    state, layout, *_ = kept_of(("K4V4", "K4V2"), 64, 2, torch.float32, False, 300)
+    before = [t.clone() for t in state]
+    launch.append(state, layout, *part(tokens(1, 64, 2), 0, 1), torch.tensor([0]), None, None, False)
+    assert state.rows[:, FROZEN].tolist() == [FAULT, FAULT]
+    state.rows[:, FROZEN] = 1
+    for name, a, b in zip(State._fields, state, before):
+        assert torch.equal(a, b), name
+
+
 def test_a_new_span_follows_what_was_kept():
     """At the widest tier, behind each head's own pages."""
     menu, dim, count = ("K4V4", "K4V2"), 64, SINK + WINDOW + 2 * SPAN - 2

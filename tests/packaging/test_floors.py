@@ -6,7 +6,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 FLOORS = (
     ("spec", "lowering"),
-    ("codecs", "policies"),
+    ("codecs",),
+    ("policies",),
     ("storage",),
     ("kernels",),
     ("ops",),

@@ -155,6 +155,43 @@ def test_an_arena_too_small_for_it_leaves_all_as_it_was(direct):
     cache.check(direct)
 
 
+def test_a_row_begun_anew_gets_pages_of_its_own(direct):
+    """Bug: narrow pages of what was there before pass for reserved ones, and a wide page is written over two."""
+    cache = Cache()
+    cache.grow(300)
+    cache.rearrange(torch.where(cache.tier >= 0, 2, cache.tier))
+    q, k, v = (x[:, :, :200] for x in cache.tokens)
+    with pytest.raises(RuntimeError, match="no page is reserved"):
+        append(cache.state, LAYOUT, q, k, v, 0, [0, 0])
+    cache.state.held.zero_()
+    cache.state.rows.copy_(empty_state(LAYOUT, G, cache.arena.data).rows)
+    cache.length, cache.tier = 0, torch.full_like(cache.tier, -2)
+    cache.grow(200)
+    cache.check(direct)
+
+
+def test_reserving_stops_at_the_capacity_and_takes_all_or_nothing():
+    cache = Cache()
+    cache.grow(650)
+    reserve(cache.state, LAYOUT, G, cache.arena, 300)
+    full = int((cache.state.table >= 0).sum(-1).max())
+    assert full == LAYOUT.spans(700, False) * LAYOUT.pages_per_span
+    small = Cache(20_000)
+    with pytest.raises(ArenaFull):
+        reserve(small.state, LAYOUT, G, small.arena, 300)
+    assert small.arena.used == 0 and bool((small.state.table < 0).all())
+
+
+def test_tiers_that_do_not_nest_are_refused_before_anything_is_given_up():
+    cache = Cache()
+    cache.grow(200)
+    used = cache.arena.used
+    choice = torch.full((*cache.state.table.shape, LAYOUT.page), DROP, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="does not nest"):
+        rearrange(cache.state, replace(LAYOUT, codec="chain"), G, cache.arena, choice)
+    assert cache.arena.used == used
+
+
 def test_a_token_never_gets_wider(direct):
     cache = Cache()
     cache.grow(300)

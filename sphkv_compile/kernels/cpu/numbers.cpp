@@ -22,7 +22,7 @@
 namespace {
 
 enum Type : int64_t { F32, BF16, F16, BOOL, NONE };
-enum Column { START, LENGTH, SPANS, BASE, FROZEN, READ, COLUMNS };  // of `rows`: runtime/state.py
+enum Column { START, LENGTH, SPANS, BASE, FROZEN, READ, COLUMNS };  // of `rows`: storage/state.py
 
 constexpr int EXACT = 16;  // bits that mean: kept in the model's dtype
 constexpr int BLOCK = 32;  // tokens decoded at once

@@ -67,20 +67,26 @@ def learn_scale(
 def standing(
     ROWS, POS, MASK, b, start, mask_row,
     HAS_POS: constexpr, HAS_START: constexpr, MASKED: constexpr, SINK: constexpr, WINDOW: constexpr, SPAN: constexpr,
+    KEPT: constexpr,
 ):  # fmt: skip
     """Row ``b`` before and after the token: first real position, coded spans before and after, the token's position,
-    whether it begins the row anew, whether it reaches into codes, or an earlier one did."""
+    whether it begins the row anew, whether it reaches into codes, or an earlier one did. To begin a row of kept tokens
+    anew is such a fault too: its pages are of several sizes, and only a plan can give it others."""
     _, spans, first, base, held = place(ROWS, POS, b, start, HAS_POS, HAS_START, False, SINK)
     begin = tl.load(ROWS + b * WIDTH + START).to(tl.int32)
     faulty = tl.load(ROWS + b * WIDTH + FROZEN) == FAULT
     anew = (begin < 0) | (first <= begin)
+    fault = faulty & ~anew
+    if KEPT:
+        fault = faulty | (anew & (begin >= 0) & (spans > 0))
+        anew = anew & ~fault
     if anew:
         real = first >= 0
         if MASKED:
             real = tl.load(MASK + b.to(tl.int64) * mask_row + first - base) != 0
         begin = tl.where(real, first, -1)
         spans = spans * 0
-    fault = ((begin >= 0) & (first < begin + SINK + spans * SPAN) & (spans > 0)) | (faulty & ~anew)
+    fault = fault | ((begin >= 0) & (first < begin + SINK + spans * SPAN) & (spans > 0))
     coded = tl.maximum(spans, (first + 1 - begin - SINK - WINDOW) // SPAN)
     coded = tl.where((begin < 0) | fault, spans, coded)
     return begin, spans, coded, first, base, anew, fault
@@ -123,7 +129,7 @@ def append(
     bh = b.to(tl.int64) * H + h
     WINDOW: constexpr = RING - SPAN
     begin, spans, coded, first, base, anew, fault = standing(
-        ROWS, POS, MASK, b, start, mask_row, HAS_POS, HAS_START, MASKED, SINK, WINDOW, SPAN
+        ROWS, POS, MASK, b, start, mask_row, HAS_POS, HAS_START, MASKED, SINK, WINDOW, SPAN, KEPT
     )
     frozen = tl.load(ROWS + b * WIDTH + FROZEN) > 0
     tl.debug_barrier()  # every thread has read the row

@@ -229,7 +229,8 @@ def encoding_block(layout: Layout, dim: int) -> dict[str, int]:
 
 
 def heads_of_program(b: int, h: int, device: torch.device) -> int:
-    """kv heads of a program of ``append``: the fewest with which all programs run at once, one a multiprocessor."""
+    """kv heads of a program of ``append``: of powers of two that divide them the least with which all programs run at
+    once, one a multiprocessor; else the greatest."""
     heads = 1
     while b * h > heads * processors(device) and h % (2 * heads) == 0:
         heads *= 2

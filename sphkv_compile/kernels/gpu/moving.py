@@ -15,6 +15,7 @@ from triton.language.core import constexpr
 
 from sphkv_compile.codecs.codebook import levels
 from sphkv_compile.kernels.gpu.encode import norm, rows_of, store_words
+from sphkv_compile.kernels.gpu.launch import converts
 from sphkv_compile.kernels.gpu.words import gather
 from sphkv_compile.storage.layout import UNIT, Layout
 from sphkv_compile.storage.moves import Moves
@@ -36,7 +37,7 @@ def move(state: State, layout: Layout, moves: Moves) -> None:
             of = slice(first, first + count)
             gather_pages[(count, 2)](
                 words, moves.sources[of], moves.tiers[of], moves.slots[of], level_table(device), out,
-                D=d, SIZE=size, TIER=index, KBITS=kbits, VBITS=vbits, TWIN=device.type != "cuda",
+                D=d, SIZE=size, TIER=index, KBITS=kbits, VBITS=vbits, TWIN=not converts(device),
                 num_warps=d // 32, enable_fp_fusion=False,
             )  # fmt: skip
             made.append((out, moves.offsets[of], size))
