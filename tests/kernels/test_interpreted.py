@@ -21,7 +21,7 @@ from sphkv_compile.spec import Tier
 from sphkv_compile.storage import tiles
 from sphkv_compile.storage.layout import UNIT, Layout
 from sphkv_compile.storage.state import BASE, FAULT, FROZEN, LENGTH, SPANS, START, Geometry, State
-from sphkv_compile.testing.oracle import attention, shuffled_state
+from sphkv_compile.testing.oracle import attention, random_tokens, shuffled_state
 from sphkv_compile.testing.planes import around_borders, coded, dumped
 from sphkv_compile.testing.retained import retained
 
@@ -198,6 +198,28 @@ def test_a_row_from_its_first_token_and_begun_anew(processors, heads, monkeypatc
         assert ours.rows.tolist() == spec.rows.tolist()
     assert ours.rows[:, START].tolist() == PADDING
     torch.testing.assert_close(ours.moments, spec.moments, rtol=1e-6, atol=0)
+
+
+def test_a_row_of_several_programs_of_several_heads(monkeypatch):
+    """Across the step that encodes the first span."""
+    monkeypatch.setattr(launch, "processors", lambda device: 4)
+    layout = Layout("axis_cosine", (Tier(4, 2),), SINK, WINDOW, SPAN, 64, 0, "half", 64, "tiles")
+    geometry = Geometry(2, 4, CAPACITY, 64, 64, *2 * (torch.float32,), False)
+    assert launch.heads_of_program(2, 4, torch.device("cpu")) == 2
+    ours, spec = (shuffled_state(layout, geometry) for _ in range(2))
+    before = SINK + WINDOW + SPAN - 2
+    x = random_tokens(geometry, before + 4)
+    for state in (ours, spec):
+        append(state, layout, *part(x, 0, before), 0, [0, 0])
+    for t in range(before, before + 4):
+        append(spec, layout, *part(x, t, t + 1), t, [0, 0])
+        launch.append(ours, layout, *part(x, t, t + 1), torch.tensor([t]), None, None, False)
+    assert spec.rows[:, SPANS].tolist() == [1, 1]
+    for name, a, b in zip(State._fields, ours, spec):
+        if name in ("moments", "energy"):  # sums in another order
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+        else:
+            assert torch.equal(a, b), name
 
 
 def test_a_write_into_codes_is_refused_and_shows():
