@@ -16,6 +16,8 @@ console = Console()
 
 Batches = Annotated[str, typer.Option(help="Rows; several are separated by commas.")]
 Lengths = Annotated[str, typer.Option(help="Cached tokens; several are separated by commas.")]
+Tiers = Annotated[str, typer.Option(help="Widths of keys and values.")]
+Dims = Annotated[str, typer.Option(help="head_dim.")]
 Name = Annotated[str | None, typer.Option(help="Of the record; none is written without.")]
 Out = Annotated[Path | None, typer.Option(help="Folder of the record. Default: the current one.")]
 
@@ -24,8 +26,8 @@ Out = Annotated[Path | None, typer.Option(help="Folder of the record. Default: t
 def attention(
     batch: Batches = "1,8",
     length: Lengths = "8192,32768,131072",
-    tiers: Annotated[str, typer.Option(help="Widths of keys and values.")] = "K4V4,K4V2",
-    dim: Annotated[str, typer.Option(help="head_dim.")] = "128",
+    tiers: Tiers = "K4V4,K4V2",
+    dim: Dims = "128",
     spread: Annotated[str, typer.Option(help="Standard deviations of the logits.")] = "2",
     ragged: Annotated[bool, typer.Option("--ragged", help="Also rows of unequal length.")] = False,
     peers: Annotated[bool, typer.Option("--peers", help="Also other caches and kernels, where they run.")] = False,
@@ -57,8 +59,8 @@ def attention(
 def writes(
     batch: Batches = "1,8,64",
     length: Lengths = "32768,131072",
-    tiers: Annotated[str, typer.Option(help="Widths of keys and values.")] = "K4V4",
-    dim: Annotated[str, typer.Option(help="head_dim.")] = "128",
+    tiers: Tiers = "K4V4",
+    dim: Dims = "128",
     name: Name = None,
     out: Out = None,
 ) -> None:

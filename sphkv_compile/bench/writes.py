@@ -106,14 +106,18 @@ def run(batches: list[int], lengths: list[int], dims: list[int], tiers: list[str
             yield prefill_row(tier, 1, lengths[0], 8, 4, d)
 
 
+def remark(r: dict[str, Any]) -> str:
+    """What a row says beside its time."""
+    if r["what"] == "append":
+        return f"longest {r['longest_us']:.1f} us"
+    if r["what"] == "encode":
+        return f"{r['gbps']:.0f} GB/s of keys and values"
+    return f"{r['ratio']:.3f} of attention alone ({r['dense']})"
+
+
 def table(rows: list[dict[str, Any]]) -> Table:
     """The rows for a person."""
     out = Table("", "tier", "B", "L", "D", "us", "")
     for r in rows:
-        said = {
-            "append": lambda r: f"longest {r['longest_us']:.1f} us",
-            "encode": lambda r: f"{r['gbps']:.0f} GB/s of input",
-            "prefill": lambda r: f"{r['ratio']:.3f} of attention alone",
-        }[r["what"]](r)
-        out.add_row(r["what"], r["tier"], str(r["B"]), f"{r['L']:,}", str(r["D"]), f"{r['us']:.1f}", said)
+        out.add_row(r["what"], r["tier"], str(r["B"]), f"{r['L']:,}", str(r["D"]), f"{r['us']:.1f}", remark(r))
     return out

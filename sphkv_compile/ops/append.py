@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sphkv_compile.codecs.scales import pair_scale
+from sphkv_compile.ops.device import gpu
 from sphkv_compile.ops.pages import as_bytes, encode_span, write_pages
 from sphkv_compile.ops.read import decode_span
 from sphkv_compile.storage.layout import Layout
@@ -223,11 +224,7 @@ def _encode(
 
 def device_encoder(layout: Layout, k: Tensor) -> ModuleType | None:
     """The GPU's encoder of many spans, if it serves this layout; else None."""
-    if not layout.tiled or k.device.type != "cuda":
-        return None
-    from sphkv_compile.kernels.gpu import bulk  # Triton is loaded where there is something to launch
-
-    return bulk
+    return gpu("bulk", layout, k.device)
 
 
 def _write(

@@ -18,10 +18,10 @@ from sphkv_compile.codecs.keys import rotate_query
 from sphkv_compile.codecs.rotation import unrotate
 from sphkv_compile.ops.append import visible
 from sphkv_compile.ops.pages import Pages, radii, read_pages, span_slots, with_positions
-from sphkv_compile.ops.read import exact_positions
+from sphkv_compile.ops.read import exact_slots
 from sphkv_compile.spec import PASSTHROUGH, Tier
 from sphkv_compile.storage.layout import Layout
-from sphkv_compile.storage.state import LENGTH, SPANS, START, State
+from sphkv_compile.storage.state import SPANS, START, State
 
 QUERIES = 256
 """Query tokens handled at once: bounds the scratch of a long prefill."""
@@ -235,16 +235,7 @@ def _masked(logits: Tensor, seen: Tensor | None, added: Tensor | None) -> Tensor
 
 def _add_exact(softmax: Softmax, call: Call, state: State, layout: Layout, first: int) -> None:
     """Sinks and window. Rows that differ in where they start hold different positions, so each slot says its own."""
-    rows = state.rows.tolist()
-    slots = state.exact_k.shape[2]
-    position = torch.full((len(rows), slots), -1, dtype=torch.int64)
-    for b, row in enumerate(rows):
-        if row[START] >= 0:
-            at, slot = exact_positions(
-                layout, row[START], min(row[LENGTH], first), row[SPANS], row[START] + layout.sink
-            )
-            position[b, slot] = at
-    position = position.to(call.q.device)
+    position = exact_slots(state, layout, first)
     column = position - call.base
     held = (position >= 0) & (column >= 0) & (column < call.columns)
     if not bool(held.any()):

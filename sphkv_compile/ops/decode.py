@@ -11,6 +11,7 @@ from torch import Tensor
 from sphkv_compile.kernels.cpu import binding
 from sphkv_compile.ops import attend as blockwise
 from sphkv_compile.ops.check import checked_library
+from sphkv_compile.ops.device import gpu
 from sphkv_compile.spec import CacheSpec
 from sphkv_compile.storage.layout import Layout
 from sphkv_compile.storage.state import State
@@ -29,20 +30,14 @@ def on_device(
     layout: Layout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool = False
 ) -> ModuleType | None:
     """The GPU's ``attend`` and ``append``, which never wait for the device, if they serve such a step; else None."""
-    if not layout.tiled or q.device.type != "cuda":
-        return None
-    from sphkv_compile.kernels.gpu import launch
-
-    return launch if launch.call_served(layout, q, k, v, mask, is_causal) else None
+    launch = gpu("launch", layout, q.device)
+    return launch if launch and launch.call_served(layout, q, k, v, mask, is_causal) else None
 
 
 def many_on_device(layout: Layout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> ModuleType | None:
     """The GPU's attention of any number of new tokens, if it serves such a call; else None. It reads counters."""
-    if not layout.tiled or q.device.type != "cuda":
-        return None
-    from sphkv_compile.kernels.gpu import bulk
-
-    return bulk if bulk.attend_served(layout, q, k, v, mask) else None
+    bulk = gpu("bulk", layout, q.device)
+    return bulk if bulk and bulk.attend_served(layout, q, k, v, mask) else None
 
 
 def attend(

@@ -6,13 +6,12 @@ the way: low bits of a code are dropped, and a radius is rescaled by the codes' 
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from sphkv_compile.codecs.keys import KeySpan, demote_keys
 from sphkv_compile.codecs.values import demote_values
+from sphkv_compile.ops.device import gpu
 from sphkv_compile.ops.pages import Pages, as_bytes, read_pages, span_slots, write_pages
 from sphkv_compile.spec import PASSTHROUGH, Tier
 from sphkv_compile.storage.layout import Layout
@@ -32,7 +31,7 @@ def move(state: State, layout: Layout, moves: Moves, fused: bool = True) -> None
     check_moves(layout)
     if not moves.offsets.numel():
         return
-    if fused and (kernels := _on_device(state, layout)) is not None:
+    if fused and (kernels := gpu("moving", layout, state.arena.device)) is not None:
         kernels.move(state, layout, moves)
         return
     written, first = [], 0
@@ -53,14 +52,6 @@ def check_moves(layout: Layout) -> None:
         raise ValueError(f"codec {layout.codec!r} does not nest: with several tiers expected 'axis_cosine'")
     if len(layout.tiers) > 1 and any(PASSTHROUGH in (tier.k_bits, tier.v_bits) for tier in layout.tiers):
         raise ValueError(f"{'/'.join(map(str, layout.tiers))}: no code is made from 16 bits; expected 8 or less in all")
-
-
-def _on_device(state: State, layout: Layout) -> ModuleType | None:
-    if state.arena.device.type != "cuda" or not layout.tiled:
-        return None
-    from sphkv_compile.kernels.gpu import moving  # Triton is loaded where there is something to launch
-
-    return moving
 
 
 def _gathered(state: State, layout: Layout, moves: Moves, index: int, mine: slice) -> Pages:

@@ -149,8 +149,8 @@ def encode_span(k: Tensor, v: Tensor, pair_scale: Tensor, layout: Layout, tier: 
         k_field, radius = coded.codes, coded.radius
         # a page's tokens share its first span; none is needed where a page lies within one, as tiled ones do, or where
         # positions say it
-        index = torch.zeros(*lead, span, 1, dtype=torch.uint8, device=k.device)
-        anchor = none if layout.tiled or layout.kept else index
+        indexed = not (layout.tiled or layout.kept)
+        anchor = torch.zeros(*lead, span, 1, dtype=torch.uint8, device=k.device) if indexed else none
     if tier.v_bits == PASSTHROUGH:
         v_field, v_scale = as_bytes(v), none
     else:

@@ -10,7 +10,7 @@ from sphkv_compile.codecs.values import decode_values
 from sphkv_compile.ops.pages import Pages, read_pages, span_slots, with_positions
 from sphkv_compile.spec import PASSTHROUGH, Tier
 from sphkv_compile.storage.layout import Layout
-from sphkv_compile.storage.state import BASE, START, State
+from sphkv_compile.storage.state import BASE, LENGTH, SPANS, START, State
 
 
 def decode_pages(
@@ -105,6 +105,20 @@ def dense(
         k_out[row][:, positions[held] - base] = state.exact_k[row][:, slots[held]]
         v_out[row][:, positions[held] - base] = state.exact_v[row][:, slots[held]]
     return k_out, v_out
+
+
+def exact_slots(state: State, layout: Layout, end: int | None = None) -> Tensor:
+    """The position that each exact slot of each row holds, -1 where none; positions from ``end`` on count as none.
+
+    Shapes: -> int64[B, sink + R], on the state's device.
+    """
+    out = torch.full((state.rows.shape[0], state.exact_k.shape[2]), -1, dtype=torch.int64)
+    for b, row in enumerate(state.rows.tolist()):
+        if row[START] >= 0:
+            length = row[LENGTH] if end is None else min(row[LENGTH], end)
+            at, slot = exact_positions(layout, row[START], length, row[SPANS], row[START] + layout.sink)
+            out[b, slot] = at
+    return out.to(state.exact_k.device)
 
 
 def exact_positions(layout: Layout, start: int, length: int, spans: int, begin: int) -> tuple[Tensor, Tensor]:

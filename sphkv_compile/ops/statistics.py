@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from sphkv_compile.ops.attend import PAGES, key_logits, turned_queries
+from sphkv_compile.ops.device import gpu
 from sphkv_compile.ops.pages import read_pages, span_slots, with_positions
-from sphkv_compile.ops.read import exact_positions
+from sphkv_compile.ops.read import exact_slots
 from sphkv_compile.storage.layout import Layout
-from sphkv_compile.storage.state import LENGTH, SPANS, START, State
+from sphkv_compile.storage.state import START, State
 
 
 def mean_attention(
@@ -42,9 +42,9 @@ def mean_attention(
     q = (queries.float() * (scale / math.log(2))).unflatten(1, (h, -1))  # logits in units of log 2
     turned, bias = turned_queries(q, state, layout)
     exact = _exact_lse(state, layout, q, first)
-    if fused and (kernels := _on_device(state, layout)) is not None:
+    if fused and (kernels := gpu("statistics", layout, state.arena.device)) is not None:
         return kernels.mean_attention(state, layout, turned, bias, exact, q.shape[3], first)
-    lse = exact
+    lse, state = exact, with_positions(state, layout)
     for _, logits, _ in _blocks(state, layout, q, turned, bias, first):
         lse = torch.logaddexp2(lse, _lse(logits))
     out = torch.zeros(*state.table.shape, layout.page, device=queries.device)
@@ -52,14 +52,6 @@ def mean_attention(
         sums = (logits - lse.unsqueeze(-1)).exp2().sum(2) / count.clamp(min=1)
         out[:, :, pages] += sums.unflatten(2, (-1, layout.page))
     return out
-
-
-def _on_device(state: State, layout: Layout) -> ModuleType | None:
-    if state.arena.device.type != "cuda" or not layout.tiled:
-        return None
-    from sphkv_compile.kernels.gpu import statistics  # Triton is loaded where there is something to launch
-
-    return statistics
 
 
 def _lse(logits: Tensor) -> Tensor:
@@ -70,17 +62,16 @@ def _lse(logits: Tensor) -> Tensor:
 def _blocks(
     state: State, layout: Layout, q: Tensor, turned: Tensor, bias: Tensor, first: int
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Some pages at one tier: which, their logits, and how many query rows see each token.
+    """Some pages at one tier: which, their logits, and how many query rows see each token; positions are in the state.
 
     Shapes: -> float32[B, H, G * T, P * page], -inf where a query may not look; int64[B, H, P * page].
     """
-    full = with_positions(state, layout)
     _, _, g, t, _ = q.shape
     at = torch.arange(first, first + t, device=q.device).repeat(g)  # rows are head by head
     used = int(state.held.sum(-1).max())
     for begin in range(0, used, PAGES):
         pages = slice(begin, min(used, begin + PAGES))
-        positions = full.positions[:, :, pages]
+        positions = state.positions[:, :, pages]
         slots = span_slots(state, layout, positions, state.rows[:, START])
         for index, tier in enumerate(layout.tiers):
             here = ((positions >= 0) & (state.tiers[:, :, pages] == index).unsqueeze(-1)).flatten(2)
@@ -94,14 +85,8 @@ def _blocks(
 
 def _exact_lse(state: State, layout: Layout, q: Tensor, first: int) -> Tensor:
     """Of the sinks and the window. Shapes: -> float32[B, H, G * T]."""
-    t = q.shape[3]
-    position = torch.full((q.shape[0], state.exact_k.shape[2]), -1, dtype=torch.int64)
-    for b, row in enumerate(state.rows.tolist()):
-        if row[START] >= 0:
-            held, slot = exact_positions(layout, row[START], row[LENGTH], row[SPANS], row[START] + layout.sink)
-            position[b, slot] = held
-    position = position.to(q.device)
-    at = torch.arange(first, first + t, device=q.device)
+    position = exact_slots(state, layout)
+    at = torch.arange(first, first + q.shape[3], device=q.device)
     seen = (position >= 0).unsqueeze(1) & (position.unsqueeze(1) <= at.unsqueeze(-1))
     logits = q @ state.exact_k.float().mT.unsqueeze(2)
     return _lse(logits.masked_fill(~seen[:, None, None], -math.inf)).flatten(2)

@@ -4,7 +4,8 @@ A token's loss is its expected share of attention times the length of its value,
 its codes are coarse: keys' noise moves every weight of a softmax, values' noise does not, and neither adds up as drops
 do.
 
-Source: SPHERICAL KV (arXiv 2605.18856), retention; the weights and constants below are measured.
+Source: SPHERICAL KV (arXiv 2605.18856), retention. The weights and constants below come from prototypes in which every
+head had the same bytes; none is measured on this package's pages yet.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ NOISE = 0.1
 MOST = 0.98
 """Of a token's worth, what the coarsest codes lose."""
 HYSTERESIS = 0.1
-"""Of a token's worth, what a change of its tier costs: without it tokens near a border would move at every plan."""
+"""Of a token's worth, what a change of its tier costs, so that those near a border do not move at every plan."""
 
 
 class Rdr(Policy):

@@ -134,19 +134,23 @@ def _reserve_behind(state: State, layout: Layout, g: Geometry, arena: Arena, tok
     behind = torch.arange(state.table.shape[2], device=state.table.device) >= state.held.sum(-1, keepdim=True)
     left = (behind & (state.table >= 0) & (state.tiers > 0)).nonzero().tolist()
     table, tiers, used = state.table.tolist(), state.tiers.tolist(), state.held.sum(-1).tolist()
-    written = [(row, head, slot, -1) for row, head, slot in left]
+    offsets: dict[tuple[int, int, int], int] = {}
     with arena.all_or_nothing():
         for row, head, slot in left:
             arena.give(table[row][head][slot], page_bytes(layout, g, tiers[row][head][slot]))
-            table[row][head][slot] = -1
+            table[row][head][slot] = offsets[row, head, slot] = -1
         for row, (start, length, spans, *_) in enumerate(state.rows.tolist()):
             end = layout.coded_spans(max(length, start) + tokens - max(start, 0))
             count = (min(end, state.anchors.shape[2]) - spans) * layout.pages_per_span
             for head, first in enumerate(used[row]):
-                slots = [slot for slot in range(first, first + count) if table[row][head][slot] < 0]
-                written += [(row, head, slot, arena.take(page_bytes(layout, g))) for slot in slots]
-    for row, head, slot, offset in written:
-        state.table[row, head, slot], state.tiers[row, head, slot] = offset, 0
+                for slot in range(first, first + count):
+                    if table[row][head][slot] < 0:
+                        offsets[row, head, slot] = arena.take(page_bytes(layout, g))
+    if offsets:  # at once: each write of its own is a launch
+        device = state.table.device
+        at = tuple(torch.tensor(list(offsets), device=device).unbind(1))
+        state.table[at] = torch.tensor(list(offsets.values()), dtype=torch.int32, device=device)
+        state.tiers[at] = 0
 
 
 def release_empty(state: State, layout: Layout, g: Geometry, arena: Arena) -> int:

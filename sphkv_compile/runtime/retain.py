@@ -67,7 +67,8 @@ def rearrange(state: State, layout: Layout, g: Geometry, arena: Arena, choice: T
     packed = there & (wanted != DROP) & ~whole.unsqueeze(-1)
     head, slot, inside = packed.nonzero(as_tuple=True)
     to = wanted[head, slot, inside]
-    order = _order(to, head, positions[head, slot, inside])
+    # by tier, then head, then position
+    order = ((to * heads + head) << 32 | positions[head, slot, inside]).argsort()
     head, slot, inside, to = (x[order] for x in (head, slot, inside, to))
     page, within, of = _pages(to * heads + head, layout.page)
     target, owner = of // heads, of % heads
@@ -103,13 +104,6 @@ def _single(alone: Tensor, wanted: Tensor, whole: Tensor, tier: Tensor, menu: in
         only = (packed > 0).sum(-1, keepdim=True) == 1
         single |= alone & (tier == index) & only & (packed > 0)
     return single
-
-
-def _order(to: Tensor, head: Tensor, position: Tensor) -> Tensor:
-    """By tier, then head, then position. Shapes: int64[n] each -> int64[n]."""
-    order = position.argsort(stable=True)
-    order = order[head[order].argsort(stable=True)]
-    return order[to[order].argsort(stable=True)]
 
 
 def _pages(group: Tensor, page: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,10 +15,11 @@ from sphkv_compile.storage.layout import Layout
 START, LENGTH, SPANS, BASE, FROZEN, READ = range(6)
 """Columns of ``rows``: first real position, end position, coded spans, position of column 0, pair scale is fixed, and
 how many programs of a running step have read the others: zero between steps."""
-WIDTH = 6
+WIDTH = READ + 1
 
 FAULT = 2
-"""Value of FROZEN in a row whose codes a GPU's step was told to write into: only the host can undo a code. The row's
+"""Value of FROZEN in a row whose codes a GPU's step was told to write into, or whose kept tokens it was to begin anew:
+only the host can undo a code, and only a plan gives pages. The row's
 attention gives not-a-number from then on, nothing more is written, and the next plan raises; eager code that reads the
 cache finds it as it was before."""
 
@@ -42,7 +43,7 @@ class State(NamedTuple):
     * ``exact_k`` / ``exact_v`` model dtype[B, H, sink + R, D]: sinks, then the window ring (position p at p mod R).
     * ``pair_scale`` float32[B, H, D]: s of :mod:`sphkv_compile.codecs.scales`.
     * ``moments`` float64[B, H, D + 1]: sum of q^2 per dimension, and the number of queries in it.
-    * ``rows`` int64[B, 6]: the counters named above.
+    * ``rows`` int64[B, WIDTH]: the counters named above.
     * ``energy`` float64[B, H, 2]: sum of |s q|^2 since the pair scale was fixed, and the number of queries in it; the
       error certificates need it.
     """

@@ -11,6 +11,7 @@ from pathlib import Path
 from sphkv_compile.patterns import IDIOMS, REFUSALS
 
 from sphkv_compile.bench.record import attention_rows, even, short
+from sphkv_compile.bench.writes import remark
 from sphkv_compile.spec import CacheSpec
 from sphkv_compile.storage.layout import Layout
 
@@ -114,7 +115,7 @@ def uneven_table() -> str:
     lines = ["| card | tier | B | L | D | case | us | times faster | error |", "|---" * 9 + "|"]
     for card, r in rows:
         case = "rows of unequal length" if r["ragged"] else f"logits' std {r['spread']:g}"
-        what = f"{card} | {r['tier']} | {r['B']} | {r['L']:,} | {r['D']} | {case}"
+        what = f"{card} | {tier_name(r['tier'])} | {r['B']} | {r['L']:,} | {r['D']} | {case}"
         lines.append(f"| {what} | {r['us']:.1f} | {r['speedup']:.2f} | {r['rel_err']:.1e} |")
     return "\n".join(lines) if rows else NO_RECORD.format("attention --ragged --spread 2,8 --name NAME")
 
@@ -122,16 +123,16 @@ def uneven_table() -> str:
 def peers_table() -> str:
     """Other caches and kernels in the runs that have them, beside ours of the same run. Units: microseconds."""
     rows = [(card, r) for card, r in attention_rows(BENCH) if plain(r) or r["what"] != "sphkv"]
-    names = {(card, r["B"], r["L"], r["D"]): {} for card, r in rows if r["what"] != "sphkv"}
+    shapes = {(card, r["B"], r["L"], r["D"]): {} for card, r in rows if r["what"] != "sphkv"}
     for card, r in rows:
-        name = tier_name(r["tier"]) if r["what"] == "sphkv" else f"{r['what'].removesuffix(', Inductor')}"
-        if (shape := (card, r["B"], r["L"], r["D"])) in names:
-            names[shape][name] = f"{r['us']:.0f} ({r['speedup']:.2f})"
-    if not names:
+        name = tier_name(r["tier"]) if r["what"] == "sphkv" else r["what"].removesuffix(", Inductor")
+        if (shape := (card, r["B"], r["L"], r["D"])) in shapes:
+            shapes[shape][name] = f"{r['us']:.0f} ({r['speedup']:.2f})"
+    if not shapes:
         return NO_RECORD.format("attention --peers --name NAME")
-    heads = list(dict.fromkeys(name for cells in names.values() for name in cells))
+    heads = list(dict.fromkeys(name for cells in shapes.values() for name in cells))
     lines = [f"| card | B | L | D | {' | '.join(heads)} |", "|---" * (4 + len(heads)) + "|"]
-    for (card, b, length, d), cells in names.items():
+    for (card, b, length, d), cells in shapes.items():
         lines.append(f"| {card} | {b} | {length:,} | {d} | {' | '.join(cells.get(name, '-') for name in heads)} |")
     absent = {}
     for path in sorted(BENCH.glob("attention*.json")):
@@ -141,17 +142,12 @@ def peers_table() -> str:
 
 def writes_table() -> str:
     """A step's append and a prompt's encoding. Units: microseconds."""
-    said = {
-        "append": lambda r: f"longest {r['longest_us']:.1f}",
-        "encode": lambda r: f"{r['gbps']:.0f} GB/s of keys and values",
-        "prefill": lambda r: f"{r['ratio']:.3f} of attention alone ({r['dense']})",
-    }
     lines = ["| card | what | tier | B | L | us | |", "|---" * 7 + "|"]
     for path in sorted(BENCH.glob("writes*.json")):
         record = json.loads(path.read_text())
         for r in record["rows"]:
             what = f"{short(record['card'])} | {r['what']} | {r['tier']} | {r['B']} | {r['L']:,} | {r['us']:.1f}"
-            lines.append(f"| {what} | {said[r['what']](r)} |")
+            lines.append(f"| {what} | {remark(r)} |")
     return "\n".join(lines)
 
 

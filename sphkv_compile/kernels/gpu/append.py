@@ -119,7 +119,7 @@ def append(
     """The token into the window, and the span that leaves it into its pages.
 
     Grid: (B * H / HEADS,), of HEADS kv heads each: the registers that encode a span leave a multiprocessor room for one
-    program, so that where there are more heads than those, one program takes several tokens at once.
+    program, so that where there are more heads than those, one program takes the tokens of several at once.
     """
     if PDL:  # launched while what precedes it still runs, usually the attention, which reads the window
         gdc_wait()

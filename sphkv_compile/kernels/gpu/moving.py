@@ -13,15 +13,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.core import constexpr
 
-from sphkv_compile.codecs.codebook import levels
+from sphkv_compile.codecs import codebook
 from sphkv_compile.kernels.gpu.encode import norm, rows_of, store_words
 from sphkv_compile.kernels.gpu.launch import converts
 from sphkv_compile.kernels.gpu.words import gather
-from sphkv_compile.storage.layout import UNIT, Layout
+from sphkv_compile.storage.layout import Layout
 from sphkv_compile.storage.moves import Moves
 from sphkv_compile.storage.state import State
 
-WIDTHS = constexpr((2, 3, 4, 8))
+WIDTHS = constexpr(codebook.WIDTHS)
 
 
 def move(state: State, layout: Layout, moves: Moves) -> None:
@@ -36,20 +36,20 @@ def move(state: State, layout: Layout, moves: Moves) -> None:
             out = torch.empty(count, size, dtype=torch.int32, device=device)
             of = slice(first, first + count)
             gather_pages[(count, 2)](
-                words, moves.sources[of], moves.tiers[of], moves.slots[of], level_table(device), out,
+                words, moves.sources[of], moves.tiers[of], moves.slots[of], positive_levels(device), out,
                 D=d, SIZE=size, TIER=index, KBITS=kbits, VBITS=vbits, TWIN=not converts(device),
                 num_warps=d // 32, enable_fp_fusion=False,
             )  # fmt: skip
             made.append((out, moves.offsets[of], size))
         first += count
     for out, offsets, size in made:
-        put_pages[(out.shape[0],)](out, offsets, words, SIZE=size, UNIT=UNIT // 4, num_warps=4)
+        put_pages[(out.shape[0],)](out, offsets, words, SIZE=size, num_warps=4)
 
 
 @lru_cache(None)
-def level_table(device: torch.device) -> Tensor:
-    """Positive levels of 2, 3, 4 and 8 bits, one after the other. Shapes: -> float32[142]."""
-    return torch.cat([levels(bits)[1 << (bits - 1) :] for bits in (2, 3, 4, 8)]).to(device)
+def positive_levels(device: torch.device) -> Tensor:
+    """Of 2, 3, 4 and 8 bits, one after the other. Shapes: -> float32[142]."""
+    return torch.cat([codebook.levels(bits)[1 << (bits - 1) :] for bits in codebook.WIDTHS]).to(device)
 
 
 @triton.jit
@@ -163,7 +163,7 @@ def gather_pages(
     kbits, vbits = tl.zeros(tier.shape, tl.int32), tl.zeros(tier.shape, tl.int32)
     for i in tl.static_range(TIER + 1):
         kbits, vbits = tl.where(tier == i, KBITS[i], kbits), tl.where(tier == i, VBITS[i], vbits)
-    words = WORDS + tl.where(there, source, 0).to(tl.int64) * (64 // 4)
+    words = WORDS + tl.where(there, source, 0).to(tl.int64) * 16
     beside = words + 2 * (kbits + vbits) * D
     unit, inside = slot // 32 * PARTS + unit_to % PARTS, slot % 32
     out = OUT + page.to(tl.int64) * SIZE + tl.zeros(tier.shape, tl.int32)
@@ -186,10 +186,10 @@ def gather_pages(
 
 
 @triton.jit
-def put_pages(MADE, OFFSETS, WORDS, SIZE: constexpr, UNIT: constexpr):
+def put_pages(MADE, OFFSETS, WORDS, SIZE: constexpr):
     """Copy new pages into the arena. Grid: (pages,)."""
     page = tl.program_id(0).to(tl.int64)
-    to = WORDS + tl.load(OFFSETS + page).to(tl.int64) * UNIT
+    to = WORDS + tl.load(OFFSETS + page).to(tl.int64) * 16
     for begin in tl.range(0, SIZE, 1024):
         i = begin + tl.arange(0, 1024)
         tl.store(to + i, tl.load(MADE + page * SIZE + i, mask=i < SIZE), mask=i < SIZE)

@@ -6,6 +6,8 @@ query's softmax, the second, which knows the whole, sums the weights.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -54,11 +56,8 @@ def mean_attention(
             state.held, state.rows, lse, out, first, tokens, r, h, state.anchors.shape[2], pages, SUMS=whole, **flags,
         )  # fmt: skip
         if not whole:
-            exact = torch.logaddexp2(exact, torch.logsumexp(lse * LOG2, 0) / LOG2)
+            exact = torch.logaddexp2(exact, torch.logsumexp(lse * math.log(2), 0) / math.log(2))
     return out
-
-
-LOG2 = 0.6931471805599453
 
 
 @triton.jit
