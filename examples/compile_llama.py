@@ -124,11 +124,13 @@ def main(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: cuda if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}. Default: float32 on cpu.")] = None,
     seed: Annotated[int, typer.Option(help="Of the codec's rotation.")] = 0,
+    mode: Annotated[str | None, typer.Option(help="Of torch.compile. Default on cuda: reduce-overhead.")] = None,
     compile_dense: Annotated[bool, typer.Option("--compile-dense", help="Compile the dense side as well.")] = False,
 ) -> None:
     """Decode one prompt with a dense and with a spherical KV cache, and compare."""
     options = cache_options(bits, budget, seed)
     where, number = device_and_dtype(device, dtype)
+    mode = mode or ("reduce-overhead" if where.type == "cuda" else "default")  # launching a step takes longer than it
     with progress_bar() as progress:
         with phase(progress, f"loading {model}"):
             network, tokenizer = load_model(model, number, where)
@@ -138,7 +140,8 @@ def main(
             explanation = sphkv_compile.explain(network, options=options)
         job = Job(network, ids, max_new_tokens, stop_tokens(network, tokenizer), progress)
 
-        dense = job.side("dense", torch.compile(network.forward) if compile_dense else network.forward)
+        dense = job.side("dense", torch.compile(network.forward, mode=mode) if compile_dense else network.forward)
+        options["mode"] = mode
         compiled = torch.compile(network.forward, backend=sphkv_compile.backend, options=options, fullgraph=True)
         coded = job.side("spherical", compiled, feed=dense.free.tokens)
     out, held = Console(), sphkv_compile.report(coded.cache)

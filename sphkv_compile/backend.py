@@ -42,17 +42,18 @@ def backend(gm: GraphModule, example_inputs: list, *, mode: str | None = None, o
     ``backend="sphkv"``.
 
     Args:
-        mode: as for Inductor (``"reduce-overhead"``, ``"max-autotune"``, ...).
+        mode: as for Inductor (``"reduce-overhead"``, ``"max-autotune"``, ...). torch.compile takes no mode beside
+            options, so ``options={"mode": ...}`` is the same.
         options: fields of :class:`sphkv_compile.CacheSpec`; ``"inductor"`` may hold Inductor's own options, or False
             to run the rewritten graphs node by node, which compiles in no time and helps to debug.
 
     Raises:
-        TypeError: an unknown option; ValueError: a value out of range; SiteRefused: under ``strict=True``.
+        TypeError: an unknown option; ValueError: a value out of range; RuntimeError: an unknown mode;
+        SiteRefused: under ``strict=True``.
     """
-    options = dict(options or {})
-    inductor = options.pop("inductor", {})
-    spec = CacheSpec.from_options(options)
-    patches = {**compat.mode_patches(mode), **(inductor or {}), **compat.PATCHES}
+    options = options or {}
+    spec, inductor = CacheSpec.from_options(options), options.get("inductor", {})
+    patches = {**compat.mode_patches(options.get("mode", mode)), **(inductor or {}), **compat.PATCHES}
     strip_owned(gm)
     grad = torch.is_grad_enabled()
     if not grad:

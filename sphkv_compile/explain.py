@@ -86,7 +86,8 @@ class Explanation:
                 if self.break_even
                 else f"at no length up to {LENGTHS[-1]:,} tokens"
             )
-            yield Text(f"The attention alone is predicted faster than dense on {self.device}: {text}.")
+            replayed = ', in CUDA graphs (mode="reduce-overhead")' if self.device.startswith("cuda") else ""
+            yield Text(f"The attention alone is predicted faster than dense on {self.device}{replayed}: {text}.")
         if not self.rows:
             yield Text("No attention was found. Is the model called with its cache, under no_grad?")
 
@@ -106,7 +107,7 @@ def explain(
     if not args and not kwargs:
         args, kwargs = (), _example_call(model)
     options = {**(options or {}), "inductor": False, "strict": False}
-    spec = CacheSpec.from_options({k: v for k, v in options.items() if k != "inductor"})
+    spec = CacheSpec.from_options(options)
     args, kwargs = copy.deepcopy((args, kwargs))
     seen: list[log.Compiled] = []
     with torch.no_grad(), log.listening(seen.append):

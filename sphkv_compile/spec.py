@@ -19,6 +19,8 @@ PASSTHROUGH = 16
 BITS = (2, 3, 4, 8, PASSTHROUGH)
 CODECS = ("axis_cosine", "pair_polar", "chain", "tree")
 POLICIES = ("keep_all",)
+COMPILER_OPTIONS = ("mode", "inductor")
+"""Keys of the backend's ``options`` that say how graphs are compiled; every other is a field of CacheSpec."""
 
 
 @dataclass(frozen=True, order=True)
@@ -121,17 +123,17 @@ class CacheSpec:
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> CacheSpec:
-        """A spec from ``torch.compile``'s ``options``.
+        """A spec from ``torch.compile``'s ``options``, of which :data:`COMPILER_OPTIONS` are not the cache's.
 
         Raises:
             TypeError: an unknown key; the message names the nearest valid one.
         """
-        known = [f.name for f in dataclasses.fields(cls)]
+        known = [*(f.name for f in dataclasses.fields(cls)), *COMPILER_OPTIONS]
         for key in options:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
                 raise TypeError(f"unknown option {key!r}; did you mean {near!r}? Valid: {', '.join(known)}")
-        return cls(**options)
+        return cls(**{key: value for key, value in options.items() if key not in COMPILER_OPTIONS})
 
     @property
     def uuid(self) -> str:

@@ -18,7 +18,6 @@ from torch import Tensor
 import sphkv_compile
 from sphkv_compile.bench.loop import Loop, attentions, caches
 from sphkv_compile.integrations.transformers import cache_keyword
-from sphkv_compile.lowering.compat import mode_patches
 from sphkv_compile.ops.append import append
 from sphkv_compile.ops.decode import packing
 from sphkv_compile.policies import POLICIES
@@ -188,8 +187,7 @@ class Ours(Transformers):
         self.notes = {"fill": "layers" if by_layer else "cache"}
 
     def compiled(self, mode: str | None = MODE) -> Callable:
-        # torch.compile takes no mode beside options, so the mode's settings travel in them
-        options: dict[str, Any] = {"bits": self.spec.bits, "inductor": mode_patches(mode)}
+        options: dict[str, Any] = {"bits": self.spec.bits, "mode": mode}
         return torch.compile(
             self.model.forward, backend=sphkv_compile.backend, options=options, fullgraph=True, dynamic=False
         )

@@ -51,11 +51,26 @@ def test_the_entry_point_is_the_only_registration():
     assert len(entries) == 1 and entries[0].load().__name__ == "backend"
 
 
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
-def test_modes_of_torch_compile_are_understood(mode):
-    from sphkv_compile.lowering.compat import mode_patches
+@pytest.mark.parametrize("options", [{"mode": "reduce-overhead"}, {"mode": "reduce-overhead", "bits": 4}])
+def test_a_mode_among_the_options_reaches_inductor(options, monkeypatch):
+    """torch.compile takes no mode beside options."""
+    from sphkv_compile.lowering import compat
 
-    assert isinstance(mode_patches(mode), dict)
+    seen = {}
+
+    def compile_fx(gm, inputs, inner_compile, config_patches):
+        seen.update(config_patches)
+        return gm
+
+    monkeypatch.setattr(compat, "compile_fx", compile_fx)
+    torch.compile(lambda x: x + 1, backend="sphkv", options=options)(torch.zeros(1))
+    assert seen["triton.cudagraphs"] is True
+
+
+def test_an_unknown_mode_names_those_that_there_are():
+    step = torch.compile(lambda x: x + 1, backend="sphkv", options={"mode": "reduce-overheads"})
+    with pytest.raises(Exception, match="reduce-overheads.*max-autotune"):
+        step(torch.zeros(1))
 
 
 def test_an_unknown_option_names_the_nearest():
