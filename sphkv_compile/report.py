@@ -11,6 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from sphkv_compile.ops.pages import with_positions
 from sphkv_compile.runtime.certificate import LIMIT, Certificate, certificate
 from sphkv_compile.runtime.ownership import Owner, owner_of
 from sphkv_compile.storage.layout import Layout
@@ -25,6 +26,7 @@ class SiteReport:
         logical_tokens: what the model sees: one past the newest position less the oldest column, over all rows.
         resident_tokens: tokens held per kv head, coded or exact, over all rows.
         encoded_tokens: those of them that are codes.
+        kept: whether its tokens are a policy's to choose.
         certificates: per (row, kv head).
 
     Units: bytes, tokens.
@@ -45,6 +47,7 @@ class SiteReport:
     imports: int
     exports: int
     recoded_tokens: int
+    kept: bool = False
     certificates: list[Certificate] = field(default_factory=list)
 
     @property
@@ -61,6 +64,10 @@ class Report:
         arena_bytes: allocated for pages; ``page_bytes`` of them are reserved or filled.
         dense_bytes: what the same cache takes in model dtype at the same capacity.
         dense_resident_bytes: dense storage that exists besides, because eager code asked for it.
+        budget: for what grows with the length, where there is one.
+        aside_bytes: of the arena, what does not grow and comes on top of the budget: pages for what leaves the window
+            before the next plan, and those of sliding windows.
+        dropped_tokens, demoted_tokens: of a kv head, over all plans.
 
     Units: bytes, tokens, pages.
     """
@@ -70,6 +77,10 @@ class Report:
     dense_resident_bytes: int
     plans: int
     freed_pages: int
+    budget: int | None = None
+    aside_bytes: int = 0
+    dropped_tokens: int = 0
+    demoted_tokens: int = 0
 
     def _sum(self, name: str) -> int:
         return sum(getattr(site, name) for site in self.sites)
@@ -100,6 +111,11 @@ class Report:
     def resident_bytes(self) -> int:
         """All that is allocated for this cache: arena, tables, fixed part, and dense storage if there is any."""
         return self.arena_bytes + self._sum("table_bytes") + self.fixed_bytes + self.dense_resident_bytes
+
+    @property
+    def budgeted_bytes(self) -> int:
+        """What a budget is for: pages, anchors, positions, statistics and page tables, of what may be dropped."""
+        return self.arena_bytes - self.aside_bytes + sum(site.table_bytes for site in self.sites if site.kept)
 
     @property
     def metadata_share(self) -> float:
@@ -139,21 +155,26 @@ def report(obj: Any) -> Report:
             f"{type(obj).__name__} has no cache tensor that sphkv holds: run a compiled step first, "
             "and see sphkv_compile.explain for the attentions that stay dense"
         )
-    pools = {id(o.pool): o.pool for o in owners}.values()
+    pools = list({id(o.pool): o.pool for o in owners}.values())
+    retentions = [p.retention for p in pools if p.retention is not None]
     dense = sum(_storage_bytes(ref()) for o in owners for ref in (o.k_ref, o.v_ref))
     return Report(
         [_site(o) for o in owners],
         sum(p.arena.nbytes for p in pools),
         dense,
         sum(p.plans for p in pools),
-        sum(p.freed_pages for p in pools),
+        sum(p.freed_pages for p in pools) + sum(r.moved.freed_pages for r in retentions),
+        sum(r.budget for r in retentions) if retentions else None,
+        sum(p.retention.aside(p) for p in pools if p.retention is not None),
+        sum(r.moved.dropped for r in retentions),
+        sum(r.moved.demoted for r in retentions),
     )
 
 
 def _site(owner: Owner) -> SiteReport:
     state, g, layout = owner.state, owner.geometry, owner.layout
     rows = state.rows.tolist()
-    held = int((state.positions >= 0).sum())
+    held = int((with_positions(state, layout).positions >= 0).sum())
     exact = sum(_exact(layout, row) for row in rows) * g.heads
     sizes = [layout.page_bytes(t, g.k_dim, g.v_dim, g.itemsize) for t in layout.tiers]
     extra = [layout.fields(t, g.k_dim, g.v_dim, g.itemsize).metadata * layout.page for t in layout.tiers]
@@ -174,6 +195,7 @@ def _site(owner: Owner) -> SiteReport:
         owner.imports,
         owner.exports,
         owner.recoded_tokens,
+        layout.kept,
         certificate(state, layout, owner.scale),
     )
 
@@ -222,16 +244,20 @@ def human(nbytes: float) -> str:
 def _totals(r: Report) -> Table:
     table = Table(title="KV cache as spherical codes", title_justify="left", show_header=False)
     resident = r.resident_bytes
+    limit = "-" if r.budget is None else f"{human(r.budget)}, {human(r.budgeted_bytes)}"
     for name, value in (
         ("sites held as codes", f"{r.matched} of {len(r.sites)}"),
         ("encoded tokens (over sites)", f"{r.encoded_tokens:,}"),
         ("resident, allocated", f"{human(resident)}  ({resident / r.dense_bytes:.3f} of dense {human(r.dense_bytes)})"),
+        ("budget, of it taken", limit),
         ("  arena, of it in pages", f"{human(r.arena_bytes)}, {human(r.page_bytes)}"),
         ("  tables, anchors, positions", human(r._sum("table_bytes"))),
-        ("  fixed: ring, sinks, scales", human(r.fixed_bytes)),
+        ("  fixed: ring, sinks, scales, queries", human(r.fixed_bytes)),
+        ("  fixed, in the arena: staging, sliding", human(r.aside_bytes)),
         ("  dense besides", human(r.dense_resident_bytes)),
         ("metadata share beyond the window", f"{100 * r.metadata_share:.1f} %"),
-        ("plans, freed pages", f"{r.plans}, {r.freed_pages}"),
+        ("plans, freed pages", f"{r.plans:,}, {r.freed_pages:,}"),
+        ("tokens dropped, demoted (over kv heads)", f"{r.dropped_tokens:,}, {r.demoted_tokens:,}"),
         (
             "imports, exports, re-encoded tokens",
             f"{r._sum('imports')}, {r._sum('exports')}, {r._sum('recoded_tokens')}",

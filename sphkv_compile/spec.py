@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import itertools
 import math
 import re
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ PASSTHROUGH = 16
 
 BITS = (2, 3, 4, 8, PASSTHROUGH)
 CODECS = ("axis_cosine", "pair_polar", "chain", "tree")
-POLICIES = ("keep_all",)
+POLICIES = ("keep_all", "rdr")
 COMPILER_OPTIONS = ("mode", "inductor")
 """Keys of the backend's ``options`` that say how graphs are compiled; every other is a field of CacheSpec."""
 
@@ -62,14 +63,17 @@ class CacheSpec:
 
     Args:
         bits: one width for keys and values, or ``(k_bits, v_bits)``; ``"K4V2"`` is understood too.
-        budget: bytes that the pages of one cache may occupy (``"512MiB"``, bytes as int, or a fraction of the
-            model dtype's bytes as float <= 1). With the ``keep_all`` policy it picks the widest tier that fits.
+        budget: bytes of one cache over all rows and layers: pages, anchors, positions, statistics and page tables
+            (``"512MiB"``, bytes as int, or a fraction of the model dtype's bytes as float <= 1). Sinks, window and the
+            remembered queries come on top.
+        tiers: the menu of a policy that chooses, ``"K8V4,K4V4,K4V2"``: keys and values of a wider tier are no narrower.
         sink: first real tokens of a row, kept exact.
         window: newest tokens, kept exact.
         span: consecutive tokens that share one anchor and leave the window together.
         page: tokens in a page.
         codec: how a key's direction is coded.
-        policy: which tokens stay, and at which tier.
+        policy: which tokens stay, and at which tier: ``"rdr"`` where a budget is given, else ``"keep_all"``, which
+            with a budget picks the widest tier that all tokens fit at.
         plan_every: steps between two plans.
         seed: of the rotation's signs.
         strict: raise where a site cannot be rewritten, instead of leaving it dense.
@@ -86,7 +90,8 @@ class CacheSpec:
     span: int = 128
     page: int = 64
     codec: str = "axis_cosine"
-    policy: str = "keep_all"
+    policy: str | None = None
+    tiers: str | tuple[str, ...] = "K8V4,K4V4,K4V2"
     plan_every: int = 128
     seed: int = 0
     strict: bool = False
@@ -102,12 +107,46 @@ class CacheSpec:
             raise ValueError(
                 f"span={self.span}, page={self.page}: a span must be a whole number of pages, at most 256 tokens"
             )
-        for name, known in (("codec", CODECS), ("policy", POLICIES)):
-            _one_of(name, getattr(self, name), known)
+        _one_of("codec", self.codec, CODECS)
+        if self.policy is None:
+            object.__setattr__(self, "policy", "keep_all" if self.budget is None else "rdr")
+        _one_of("policy", str(self.policy), POLICIES)
+        if self.chooses:
+            if self.budget is None:
+                raise ValueError(f"policy={self.policy!r} needs a budget, such as budget=0.25 or budget='512MiB'")
+            self._check_menu()
         if self.budget is None:
             _ = self.tier  # a bad width is named here, not at the first step
         else:
             parse_bytes(self.budget, dense=1 << 62)  # the form is checked here, the size where the cache is known
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the policy drops tokens and chooses among tiers."""
+        return self.policy != "keep_all"
+
+    @property
+    def menu(self) -> tuple[Tier, ...]:
+        """The tiers among which a policy chooses, widest first."""
+        names = self.tiers.replace("/", ",").split(",") if isinstance(self.tiers, str) else self.tiers
+        return tuple(map(Tier.parse, names))
+
+    def _check_menu(self) -> None:
+        menu = self.menu
+        if len(menu) > 1 and self.codec != "axis_cosine":
+            raise ValueError(
+                f"codec={self.codec!r} with tiers {self.tiers!r}: only 'axis_cosine' is demoted; give one tier"
+            )
+        if any(PASSTHROUGH in (tier.k_bits, tier.v_bits) for tier in menu):
+            raise ValueError(f"tiers={self.tiers!r}: expected 8 bits or less in all; no code is made from 16 bits")
+        for wide, narrow in itertools.pairwise(menu):
+            if narrow.k_bits > wide.k_bits or narrow.v_bits > wide.v_bits or narrow == wide:
+                raise ValueError(
+                    f"tiers={self.tiers!r}: {narrow} follows {wide}; expected the widest first, keys and values no "
+                    "wider than before"
+                )
+        if self.page % 4:
+            raise ValueError(f"page={self.page} with policy {self.policy!r}: expected a multiple of 4, such as 64")
 
     @property
     def tier(self) -> Tier:

@@ -102,6 +102,16 @@ def append(
             rows[b][START], rows[b][SPANS], rows[b][FROZEN] = start, spans, frozen
             rows[b][LENGTH] = end
     state.rows.copy_(torch.tensor(rows))
+    if q is not None:
+        remember(state, q, end)
+
+
+def remember(state: State, q: Tensor, end: int) -> None:
+    """The queries of the positions before ``end``, for the statistics. Shapes: ``q`` [B, HQ, T, D]."""
+    if count := state.queries.shape[2]:
+        q = q[:, :, -count:]
+        slots = torch.arange(end - q.shape[2], end, device=q.device) % count
+        state.queries[:, :, slots] = q.to(state.queries.dtype)
 
 
 class _Rows:

@@ -10,20 +10,21 @@ from torch import Tensor
 
 from sphkv_compile.kernels.cpu import binding
 from sphkv_compile.ops import attend as blockwise
+from sphkv_compile.ops.append import remember
 from sphkv_compile.ops.check import checked_library
 from sphkv_compile.ops.device import gpu
 from sphkv_compile.spec import CacheSpec
 from sphkv_compile.storage.layout import Layout
-from sphkv_compile.storage.state import State
+from sphkv_compile.storage.state import LENGTH, State
 
 
-def packing(spec: CacheSpec, k_dim: int, v_dim: int, device: torch.device) -> str:
+def packing(spec: CacheSpec, k_dim: int, v_dim: int, device: torch.device, kept: bool = False) -> str:
     """How pages lie on ``device``: as its kernels read them, where they can."""
     if device.type != "cuda":
         return "rows"
     from sphkv_compile.kernels.gpu import launch  # Triton is loaded where there is something to launch
 
-    return "tiles" if launch.layout_served(spec, k_dim, v_dim) else "rows"
+    return "tiles" if launch.layout_served(spec, k_dim, v_dim, kept) else "rows"
 
 
 def on_device(
@@ -88,7 +89,10 @@ def append_in_window(
     )
     if not served or (library := binding.library()) is None:
         return False
-    return binding.append(library, state, layout, q, k, v, pos, start, rolling)
+    done = binding.append(library, state, layout, q, k, v, pos, start, rolling)
+    if done and q is not None and layout.kept:
+        remember(state, q, int(state.rows[0, LENGTH]))
+    return done
 
 
 def _served(layout: Layout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ class Pages(NamedTuple):
     """Fields of some pages, still coded. Shapes: uint8[..., P, page, bytes of the field].
 
     ``statistics``, of kept tokens: the mean attention that the token got since it was coded, and the running one, two
-    float16; zero in a page that no plan has seen.
+    bfloat16; zero in a page that no plan has seen.
     """
 
     k: Tensor
@@ -120,14 +121,48 @@ def with_positions(state: State, layout: Layout) -> State:
     """
     if not layout.kept:
         return state
-    place = torch.arange(state.table.shape[2], device=state.table.device)
-    positions = torch.full((*state.table.shape, layout.page), -1, dtype=torch.int32, device=state.table.device)
-    in_use = place < state.held.sum(-1, keepdim=True)
-    for index, tier in enumerate(layout.tiers):
-        here = (in_use & (state.tiers == index)).unsqueeze(-1)
-        found = read_pages(state, layout, tier, state.table).position.contiguous().view(torch.int32).squeeze(-1)
-        positions = torch.where(here, found, positions)
-    return state._replace(positions=positions)
+    found = state.arena.view(torch.int32)[_where(state, layout, "position", 4)]
+    return state._replace(positions=torch.where(pages_in_use(state).unsqueeze(-1), found, -1))
+
+
+def pages_in_use(state: State) -> Tensor:
+    """Which places of the tables hold pages of kept tokens. Shapes: -> bool[B, H, P]."""
+    return torch.arange(state.table.shape[2], device=state.table.device) < state.held.sum(-1, keepdim=True)
+
+
+def read_statistics(state: State, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Mean and running attention of kept tokens, and what lies in slots that hold none. Shapes: -> float32[B, H, P,
+    page] twice."""
+    words = state.arena.view(torch.int32)[_where(state, layout, "statistics", 4)]
+    mean, recent = words.unsqueeze(-1).view(torch.bfloat16).float().unbind(-1)
+    return mean, recent
+
+
+def write_statistics(state: State, layout: Layout, mean: Tensor, recent: Tensor) -> None:
+    """The inverse, of pages in use. Shapes: float32[B, H, P, page] twice."""
+    here = pages_in_use(state)
+    words = torch.stack([mean, recent], -1).to(torch.bfloat16).view(torch.int32).squeeze(-1)
+    state.arena.view(torch.int32)[_where(state, layout, "statistics", 4)[here]] = words[here]
+
+
+def value_lengths(state: State, layout: Layout) -> Tensor:
+    """Length of every value, to the few per cent in which codes differ in theirs. Shapes: -> float32[B, H, P, page]."""
+    scale = state.arena.view(torch.float16)[_where(state, layout, "v_scale", 2)].float()
+    return scale * state.exact_v.shape[-1] ** 0.5
+
+
+def _where(state: State, layout: Layout, name: str, itemsize: int) -> Tensor:
+    """Where a field of each slot lies in the arena, counted in items. Shapes: -> int64[B, H, P, page]."""
+    dims = state.exact_k.shape[-1], state.exact_v.shape[-1], _itemsize(state)
+    beside = itemsize if name == "v_scale" and layout.tiled else 0  # of one token, the radius comes before it
+    begin = []
+    for tier in layout.tiers:
+        widths = dict(zip(Pages._fields, layout.fields(tier, *dims).widths))
+        before = sum(widths[field] for field in takewhile(name.__ne__, Pages._fields))
+        begin.append((before - beside) * layout.page + beside)
+    at = torch.tensor(begin, device=state.table.device)[state.tiers.long()] + state.table.long().clamp(min=0) * UNIT
+    at = at.unsqueeze(-1) + torch.arange(layout.page, device=at.device) * (itemsize + beside)
+    return (at // itemsize).clamp(max=state.arena.numel() // itemsize - 1)  # of no page, any place there is
 
 
 def encode_span(k: Tensor, v: Tensor, pair_scale: Tensor, layout: Layout, tier: Tier) -> tuple[Pages, KeySpan | None]:

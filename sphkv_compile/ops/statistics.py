@@ -14,10 +14,20 @@ from torch import Tensor
 
 from sphkv_compile.ops.attend import PAGES, key_logits, turned_queries
 from sphkv_compile.ops.device import gpu
-from sphkv_compile.ops.pages import read_pages, span_slots, with_positions
+from sphkv_compile.ops.pages import (
+    read_pages,
+    read_statistics,
+    span_slots,
+    value_lengths,
+    with_positions,
+    write_statistics,
+)
 from sphkv_compile.ops.read import exact_slots
 from sphkv_compile.storage.layout import Layout
-from sphkv_compile.storage.state import START, State
+from sphkv_compile.storage.state import LENGTH, START, State
+
+HALF_LIFE = 128
+"""Queries in which the running mean forgets half of what it knew."""
 
 
 def mean_attention(
@@ -52,6 +62,66 @@ def mean_attention(
         sums = (logits - lse.unsqueeze(-1)).exp2().sum(2) / count.clamp(min=1)
         out[:, :, pages] += sums.unflatten(2, (-1, layout.page))
     return out
+
+
+def observe(state: State, layout: Layout, count: int, scale: float | None = None) -> Tensor:
+    """Bring every coded token's statistics up to the newest ``count`` queries; returns which of them had none.
+
+    The mean over a token's life moves by the share of its life that these are; the running mean forgets half of it in
+    ``HALF_LIFE`` queries. A token that no plan has seen begins with what these queries paid.
+
+    Units: ``count`` in tokens, at most the queries that the state remembers.
+
+    Shapes: -> bool[B, H, P, page].
+    """
+    end = int(state.rows[:, LENGTH].max())
+    first = end - count
+    new = mean_attention(state, layout, newest_queries(state, first, end), first, scale)
+    positions, (mean, recent) = with_positions(state, layout).positions, read_statistics(state, layout)
+    looks = (end - positions.clamp(min=first)).clamp(min=0).float()
+    life = (end - positions).clamp(min=1).float()
+    fresh, forgotten = recent == 0, 0.5 ** (looks / HALF_LIFE)
+    mean = torch.where(fresh, new, mean + (new - mean) * looks / life)
+    recent = torch.where(fresh, new, recent * forgotten + new * (1 - forgotten))
+    write_statistics(state, layout, mean, recent)
+    return fresh & (positions >= 0)
+
+
+def newest_queries(state: State, first: int, end: int) -> Tensor:
+    """The remembered queries of consecutive positions. Shapes: -> [B, HQ, end - first, D]."""
+    return state.queries[:, :, torch.arange(first, end, device=state.queries.device) % state.queries.shape[2]]
+
+
+def realised_losses(
+    state: State, layout: Layout, worth: Tensor, keep: Tensor, queries: Tensor, first: int, scale: float | None = None
+) -> Tensor:
+    """What queries would have lost, had each head kept only so many of its most worthy tokens: the mean square, over
+    queries and query heads, of the attention on the others, times the length of their values over the mean length.
+
+    Args:
+        worth: of each coded token; what is not there is negative.
+        keep: numbers of tokens, ascending.
+        queries, first: as for :func:`mean_attention`.
+
+    Shapes: ``worth`` float32[B, H, P, page], ``keep`` int64[B, H, S] -> float32[B, H, S].
+    """
+    h, d = state.exact_k.shape[1], queries.shape[-1]
+    scale = d**-0.5 if scale is None else scale
+    q = (queries.float() * (scale / math.log(2))).unflatten(1, (h, -1))
+    turned, bias = turned_queries(q, state, layout)
+    lse, state = _exact_lse(state, layout, q, first), with_positions(state, layout)
+    for _, logits, _ in _blocks(state, layout, q, turned, bias, first):
+        lse = torch.logaddexp2(lse, _lse(logits))
+    there = worth >= 0
+    length = torch.where(there, value_lengths(state, layout), 0.0)
+    length = length / (length.sum((2, 3)) / there.sum((2, 3)).clamp(min=1)).clamp(min=1e-30)[..., None, None]
+    rank = worth.flatten(2).argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    lost = torch.searchsorted(keep, rank, right=True).view(worth.shape)  # of the numbers, how many do not keep it
+    sums = torch.zeros(*lse.shape, keep.shape[-1] + 1, device=lse.device)
+    for pages, logits, _ in _blocks(state, layout, q, turned, bias, first):
+        paid = (logits - lse.unsqueeze(-1)).exp2() * length[:, :, pages].flatten(2).unsqueeze(2)
+        sums.scatter_add_(-1, lost[:, :, pages].flatten(2).unsqueeze(2).expand_as(paid), paid)
+    return sums[..., 1:].flip(-1).cumsum(-1).flip(-1).square().mean(2)
 
 
 def _lse(logits: Tensor) -> Tensor:

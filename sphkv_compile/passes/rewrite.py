@@ -10,6 +10,7 @@ from torch.fx import Graph, GraphModule, Node
 from sphkv_compile.ops import schema
 from sphkv_compile.ops.decode import packing
 from sphkv_compile.patterns import Site
+from sphkv_compile.runtime.budget import may_drop
 from sphkv_compile.runtime.convention import Binding, Rewritten
 from sphkv_compile.spec import CacheSpec
 from sphkv_compile.storage.layout import Layout
@@ -25,9 +26,10 @@ def rewrite(gm: GraphModule, sites: list[Site], spec: CacheSpec) -> Rewritten:
     index = {node: i for i, node in enumerate(inputs)}
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
     result, last = Rewritten(), inputs[-1]
+    kept = may_drop(spec, [geometry(site) for site in sites])
     for number, site in enumerate(sites):
         rope, rotary_dim = site.rope
-        layout = Layout.of(spec, rope, rotary_dim, _packing(spec, site))
+        layout = Layout.of(spec, rope, rotary_dim, _packing(spec, site, kept[number]), kept[number])
         fakes = _fake_state(layout, site)
         state = []
         for name, fake in zip(STATE_FIELDS, fakes):
@@ -52,9 +54,9 @@ def rewrite(gm: GraphModule, sites: list[Site], spec: CacheSpec) -> Rewritten:
     return result
 
 
-def _packing(spec: CacheSpec, site: Site) -> str:
+def _packing(spec: CacheSpec, site: Site, kept: bool) -> str:
     k, v = site.k_buf.meta["val"], site.v_buf.meta["val"]
-    return packing(spec, int(k.shape[-1]), int(v.shape[-1]), k.device)
+    return packing(spec, int(k.shape[-1]), int(v.shape[-1]), k.device, kept)
 
 
 def _bind(site: Site, layout: Layout, index: dict[Node, int], output: Node) -> Binding:
@@ -67,6 +69,7 @@ def _bind(site: Site, layout: Layout, index: dict[Node, int], output: Node) -> B
         rolling=site.rolling,
         outputs=tuple(returned.index(w) for w in site.outputs),
         scale=site.scale,
+        group=geometry(site).group,
     )
 
 
@@ -83,7 +86,8 @@ def geometry(site: Site) -> Geometry:
     """Shape of a site's dense cache; a cache that grows has capacity 0."""
     k, v = site.k_buf.meta["val"], site.v_buf.meta["val"]
     b, h, capacity, d = (_hint(n) for n in k.shape)
-    return Geometry(b, h, 0 if site.outputs else capacity, d, _hint(v.shape[-1]), k.dtype, v.dtype, site.rolling)
+    group = _hint(site.q.meta["val"].shape[1]) // h
+    return Geometry(b, h, 0 if site.outputs else capacity, d, _hint(v.shape[-1]), k.dtype, v.dtype, site.rolling, group)
 
 
 def _hint(size: int | torch.SymInt) -> int:

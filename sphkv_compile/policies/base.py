@@ -23,15 +23,15 @@ class Held:
         tiers: of each page, an index into ``menu``, which is widest first.
         length: one past the newest position of each row.
         prices: bytes of a page of each tier.
-        planned: position up to which each row's tokens were planned before; what is newer is at the widest tier because
-            it was coded there, not because it was chosen.
+        fresh: tokens that no plan has seen: they are at the widest tier because they were coded there, not because it
+            was chosen.
         mean, recent: softmax weight that the token got from a query head, over its life and lately.
         expected: the same, as the head's queries promise it for the next steps.
         value_norm: length of the token's value.
         kappa: variance of the head's logits at unit relative key error (:mod:`sphkv_compile.runtime.certificate`).
 
-    Shapes: int32[B, H, P, page], uint8[B, H, P], int64[B], then ``planned`` int64[B], float32[B, H, P, page] each, and
-    ``kappa`` float32[B, H].
+    Shapes: int32[B, H, P, page], uint8[B, H, P], int64[B], then ``fresh`` bool[B, H, P, page], float32[B, H, P, page]
+    each, and ``kappa`` float32[B, H].
     """
 
     positions: Tensor
@@ -39,7 +39,7 @@ class Held:
     length: Tensor
     menu: tuple[Tier, ...]
     prices: tuple[int, ...] = ()
-    planned: Tensor | None = None
+    fresh: Tensor | None = None
     mean: Tensor | None = None
     recent: Tensor | None = None
     expected: Tensor | None = None

@@ -4,8 +4,7 @@ A token's loss is its expected share of attention times the length of its value,
 its codes are coarse: keys' noise moves every weight of a softmax, values' noise does not, and neither adds up as drops
 do.
 
-Source: SPHERICAL KV (arXiv 2605.18856), retention. The weights and constants below come from prototypes in which every
-head had the same bytes; none is measured on this package's pages yet.
+Source: SPHERICAL KV (arXiv 2605.18856), retention. The weights of what is known come from prototypes.
 """
 
 from __future__ import annotations
@@ -25,8 +24,11 @@ MEAN, EXPECTED, RECENT, PRIOR = 0.3, 0.3, 0.2, 0.2
 has that weight too."""
 YOUTH = 64
 """Tokens that are added to an age, whose reciprocal is the prior."""
-NOISE = 0.1
-"""What noise counts against a loss of the same size: drops add up, noise does not."""
+NOISE = 1.0
+"""What noise counts against a loss of the same size. Drops add up where noise does not, but what a drop moves is shared
+out again among the tokens that stay. Measured on this package's pages, 2,048 tokens and 256 after them, KL at 12.5 and
+6.25 % of bfloat16's bytes: SmolLM2 .0031 and .0124 (.0060 and .0117 at .3, .0023 and .0099 at 2), Gemma3 .0163 and
+.0479 (.0131 and .0472 at .3)."""
 MOST = 0.98
 """Of a token's worth, what the coarsest codes lose."""
 HYSTERESIS = 0.1
@@ -79,8 +81,7 @@ class Rdr(Policy):
         Shapes: -> float32[B, H, tiers + 1, tiers + 1].
         """
         choices = len(held.menu)
-        kappa = torch.ones(held.tiers.shape[:2]) if held.kappa is None else held.kappa
-        kappa = kappa.to(held.positions.device)
+        kappa = torch.ones(held.tiers.shape[:2], device=held.positions.device) if held.kappa is None else held.kappa
         loss = [torch.ones_like(kappa)]
         for tier in reversed(held.menu):
             keys, values = (0.0 if bits == PASSTHROUGH else mse(bits) for bits in (tier.k_bits, tier.v_bits))
@@ -95,6 +96,6 @@ def _kinds(held: Held) -> Tensor:
     """Which row of the losses a token goes by. Shapes: -> int64[B, H, P, 1 or page]."""
     tier = held.tiers.long().unsqueeze(-1)
     new = tier == 0  # what was coded, and not chosen, is at the widest
-    if held.planned is not None:
-        new = new & (held.positions >= held.planned.view(-1, 1, 1, 1))
+    if held.fresh is not None:
+        new = new & held.fresh
     return torch.where(new, len(held.menu), tier)

@@ -33,7 +33,7 @@ class Certificate:
 
     Args:
         kappa: logit variance at unit relative key error.
-        logit_variance: sigma^2 at the head's key bits.
+        logit_variance: sigma^2 at the head's key bits, the fewest that a page of it may have.
         bias: share of key energy that lies in the anchors, a constant that softmax does not see.
 
     Units: nats squared.
@@ -48,17 +48,13 @@ class Certificate:
 
 def certificate(state: State, layout: Layout, scale: float | None) -> list[Certificate]:
     """One certificate per row and head whose keys are coded and whose queries were seen; else none."""
-    tier, state = layout.tiers[0], with_positions(state, layout)
-    held = state.positions >= 0
-    d = state.exact_k.shape[-1]
-    total, seen = state.energy.unbind(-1)
-    if tier.k_bits == PASSTHROUGH or not bool(held.any()):
+    bits, state = min(tier.k_bits for tier in layout.tiers), with_positions(state, layout)
+    held, seen = state.positions >= 0, state.energy[..., 1]
+    if bits == PASSTHROUGH or not bool(held.any()):
         return []
-    scale = 1 / math.sqrt(d) if scale is None else scale
-    q2 = total / seen.clamp(min=1)
     x2, a2 = _key_energy(state, layout, held)
-    kappa = scale**2 * q2 * x2 / d
-    sigma2 = kappa * mse(tier.k_bits)
+    kappa = _kappa(state, x2, scale)
+    sigma2 = kappa * mse(bits)
     bias = a2 / (a2 + x2).clamp(min=1e-30)
     return [
         Certificate(b, h, float(kappa[b, h]), float(sigma2[b, h]), float(bias[b, h]))
@@ -68,16 +64,33 @@ def certificate(state: State, layout: Layout, scale: float | None) -> list[Certi
     ]
 
 
+def kappa(state: State, layout: Layout, scale: float | None) -> Tensor:
+    """Variance of each head's logits at unit relative key error. Shapes: -> float32[B, H].
+
+    Units: nats squared.
+    """
+    state = with_positions(state, layout)
+    return _kappa(state, _key_energy(state, layout, state.positions >= 0)[0], scale).float()
+
+
+def _kappa(state: State, x2: Tensor, scale: float | None) -> Tensor:
+    d, (total, seen) = state.exact_k.shape[-1], state.energy.unbind(-1)
+    scale = 1 / math.sqrt(d) if scale is None else scale
+    return scale**2 * total / seen.clamp(min=1) * x2 / d
+
+
 def _key_energy(state: State, layout: Layout, held: Tensor) -> tuple[Tensor, Tensor]:
     """Mean squared length of the residuals and of the anchors, in the scaled frame. Shapes: -> float32[B, H] twice."""
-    tier, d = layout.tiers[0], state.exact_k.shape[-1]
-    pages = read_pages(state, layout, tier, state.table)
+    d, count = state.exact_k.shape[-1], held.sum((2, 3)).clamp(min=1)
     slots = span_slots(state, layout, state.positions, state.rows[:, START])
     top = state.span_scales[..., 1].float().gather(2, slots.flatten(2)).view(slots.shape)
-    radius = radii(pages._replace(radius=pages.radius.unsqueeze(-2)), top).squeeze(-1)
-    code2 = layout.code.decode(pages.k, d, tier.k_bits).square().sum(-1)
-    count = held.sum((2, 3)).clamp(min=1)
-    x2 = torch.where(held, radius.square() * code2, 0.0).sum((2, 3)) / count
+    length2 = torch.zeros_like(top)
+    for index, tier in enumerate(layout.tiers):
+        pages = read_pages(state, layout, tier, state.table)
+        radius = radii(pages._replace(radius=pages.radius.unsqueeze(-2)), top).squeeze(-1)
+        code2 = layout.code.decode(pages.k, d, tier.k_bits).square().sum(-1)
+        length2 = torch.where((state.tiers == index).unsqueeze(-1), radius.square() * code2, length2)
+    x2 = torch.where(held, length2, 0.0).sum((2, 3)) / count
     rows = state.anchors.float() * state.span_scales[..., :1].float()
     a2 = rows.square().sum(-1).gather(2, slots.flatten(2)).view(slots.shape)
     return x2, torch.where(held, a2, 0.0).sum((2, 3)) / count

@@ -16,6 +16,7 @@ class Binding:
     Args:
         k_input, v_input: positions of the dense buffers among the original inputs.
         outputs: positions of the grown buffers among the graph's outputs (``dynamic_cat``).
+        group: query heads of a kv head.
     """
 
     idiom: str
@@ -25,6 +26,7 @@ class Binding:
     rolling: bool
     outputs: tuple[int, ...] = ()
     scale: float | None = None
+    group: int = 1
 
 
 @dataclass

@@ -10,6 +10,7 @@ no code is ever made from a decoded value.
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 import weakref
 from typing import Any
@@ -23,12 +24,16 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from sphkv_compile.lowering import compat
 from sphkv_compile.ops import schema
 from sphkv_compile.ops.append import append
+from sphkv_compile.ops.pages import with_positions
 from sphkv_compile.ops.read import dense
-from sphkv_compile.runtime.pool import CHANGES, Pool, reserve
+from sphkv_compile.runtime.pool import CHANGES, Pool
 from sphkv_compile.storage.layout import Layout
 from sphkv_compile.storage.state import BASE, FAULT, FROZEN, LENGTH, SPANS, START, Geometry, empty_state
 
 LOCK = threading.RLock()
+OVERWRITES = {"zero_"}
+"""Eager uses that read nothing: StaticCache.reset."""
+_SERIAL = itertools.count()
 _plain = torch._C.DisableTorchFunctionSubclass
 
 
@@ -45,7 +50,7 @@ class Owner:
     ):
         self.layout, self.geometry, self.pool, self.handles, self.scale = layout, geometry, pool, handles, scale
         self.state = empty_state(layout, geometry, pool.arena.data)
-        self.holds_codes = False
+        self.holds_codes, self.serial = False, next(_SERIAL)
         self.k_ref: Any = lambda: None
         self.v_ref: Any = lambda: None
         self.imports = self.exports = self.recoded_tokens = 0
@@ -69,11 +74,12 @@ class Owner:
             column = first - (base or 0)
             if column < length:
                 k_new, v_new = k[:, :, column:length], v[:, :, column:length]
-                reserve(self.state, self.layout, self.geometry, self.pool.arena, length - column)
+                self.pool.reserve([(self, length - column)])
                 known = [max(s, 0) for s in self.state.rows[:, START].tolist()]
                 append(self.state, self.layout, None, k_new, v_new, first, starts or known)
         self.imports += 1
         self.pool.tokens_left = -1  # the next step plans
+        self.pool.queries = 0  # those of these tokens nobody saw
 
     def _keep_unchanged(self, k: Tensor, v: Tensor, length: int) -> int | None:
         """Cut the state back to the leading tokens whose codes still say what the dense cache says.
@@ -127,11 +133,29 @@ class Owner:
 
     # ---- export: codes -> dense
 
+    @property
+    def dropped(self) -> int:
+        """Coded tokens that are gone, over rows and kv heads."""
+        if not self.layout.kept:
+            return 0
+        held = int((with_positions(self.state, self.layout).positions >= 0).sum())
+        return int(self.state.rows[:, SPANS].sum()) * self.layout.span * self.geometry.heads - held
+
     def export(self, why: str) -> None:
-        """Decode into the user's tensors; they hold the data from here on."""
+        """Decode into the user's tensors; they hold the data from here on.
+
+        Raises:
+            RuntimeError: tokens were dropped, which no dense tensor can say; what overwrites the cache whole may.
+        """
         with LOCK, _plain(), torch.no_grad(), _disable_current_modes():
             if not self.holds_codes:
                 return
+            if why not in OVERWRITES and (gone := self.dropped):
+                raise RuntimeError(
+                    f"sphkv: eager code ({why}) reads a cache of which {gone:,} tokens (over rows and kv heads) were "
+                    "dropped to fit the budget; dense keys and values cannot say which. Go on through the compiled "
+                    "model, which takes several tokens at once too, or begin anew (cache.reset())."
+                )
             self.holds_codes, self.exports, self.last_export = False, self.exports + 1, why
             CHANGES[0] += 1
             frozen = self.state.rows[:, FROZEN]

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import copy
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import Tensor
 
+from sphkv_compile.ops.pages import pages_in_use
 from sphkv_compile.policies import DROP, Held, Policy
-from sphkv_compile.storage.arena import Arena
-from sphkv_compile.storage.layout import Layout
+from sphkv_compile.storage.arena import Arena, ArenaFull
+from sphkv_compile.storage.layout import UNIT, Layout
 from sphkv_compile.storage.state import FAULT, FROZEN, LENGTH, SPANS, START, Geometry, State
 
 if TYPE_CHECKING:
     from sphkv_compile.runtime.ownership import Owner
+    from sphkv_compile.runtime.retention import Retention
 
-
+T = TypeVar("T")
 CHANGES = [0]
 """How often any cache has changed hands or been laid out anew; while it stands still, what a runner found last time
 still holds."""
@@ -31,13 +35,16 @@ class Pool:
     Args:
         nbytes: of the arena.
         plan_every: tokens between two plans.
+        retention: what a budget makes of caches that may drop tokens; None: all tokens stay as they were coded.
     """
 
-    def __init__(self, nbytes: int, policy: Policy, plan_every: int, device: torch.device):
+    def __init__(
+        self, nbytes: int, policy: Policy, plan_every: int, device: torch.device, retention: Retention | None = None
+    ):
         self.arena = Arena(nbytes, device)
-        self.policy, self.plan_every = policy, plan_every
+        self.policy, self.plan_every, self.retention = policy, plan_every, retention
         self.owners: weakref.WeakSet[Owner] = weakref.WeakSet()
-        self.tokens_left = 0
+        self.tokens_left = self.queries = 0
         self.plans = self.freed_pages = 0
 
     @torch.inference_mode(False)
@@ -50,25 +57,58 @@ class Pool:
             copy.deepcopy(self.policy),
             weakref.WeakSet(),
         )
+        if self.retention is not None:
+            twin.retention = self.retention.anew()
         return twin
+
+    @property
+    def members(self) -> list[Owner]:
+        """The owners, the oldest first, so that every rank plans alike."""
+        return sorted(self.owners, key=lambda owner: owner.serial)
 
     def step(self, tokens: int) -> None:
         """Account for ``tokens`` new tokens; plan when what was reserved may not suffice."""
         self.tokens_left -= tokens
         if self.tokens_left < 0:
             self.plan(tokens)
+        self.queries += tokens
+
+    def settle(self, tokens: int) -> None:
+        """After a call of ``tokens``: many of them are more than was reserved within the budget."""
+        if self.retention is not None and tokens > self.plan_every:
+            self.plan(0)
 
     def plan(self, tokens: int) -> None:
         """Let the policy decide, then reserve pages for ``tokens`` more and for ``plan_every`` after them."""
         self.plans += 1
         self.tokens_left = self.plan_every
-        for owner in list(self.owners):
-            if owner.holds_codes:
-                check_rows(owner.state)
-                self._retain(owner)
-                reserve(owner.state, owner.layout, owner.geometry, self.arena, tokens + self.plan_every)
+        owners = [owner for owner in self.members if owner.holds_codes]
+        for owner in owners:
+            check_rows(owner.state)
+            if not owner.layout.kept:
+                self._forget(owner)
+        if self.retention is not None:
+            self.retention.plan(self, [owner for owner in owners if owner.layout.kept])
+        self.reserve([(owner, tokens + self.plan_every) for owner in owners])
 
-    def _retain(self, owner: Owner) -> None:
+    def reserve(self, wanted: list[tuple[Owner, int]]) -> None:
+        """Give a page to every slot that so many more tokens of each owner can fill, in a larger arena if need be."""
+        need = sum(missing_bytes(owner, tokens) for owner, tokens in wanted)
+        if self.arena.used + need > self.arena.nbytes:
+            self.resize(self.arena.used + need)
+        for owner, tokens in wanted:
+            self.fit(lambda: reserve(owner.state, owner.layout, owner.geometry, self.arena, tokens))  # noqa: B023
+
+    def fit(self, take: Callable[[], T]) -> T:
+        """``take`` pages; where they would fit but for holes between others, once these are closed."""
+        try:
+            return take()
+        except ArenaFull:
+            self.resize(self.arena.nbytes)
+            return take()
+
+    def _forget(self, owner: Owner) -> None:
+        """What the policy drops of an owner whose pages hold the tokens that their place says."""
         state = owner.state
         held = Held(state.positions, state.tiers, state.rows[:, LENGTH], owner.layout.tiers)
         tiers = self.policy.plan(held, None)
@@ -78,14 +118,24 @@ class Pool:
             self.freed_pages += release_empty(state, owner.layout, owner.geometry, self.arena)
 
     @torch.inference_mode(False)
-    def grow(self, nbytes: int) -> None:
-        """A larger arena that holds the same pages at the same offsets; every state is pointed at it."""
-        old = self.arena.data
-        data = old.new_zeros(old.numel() + -(-nbytes // 64) * 64)
-        data[: old.numel()] = old
-        self.arena.data = data
-        for owner in self.owners:
-            owner.state = owner.state._replace(arena=data)
+    def resize(self, nbytes: int) -> None:
+        """An arena of ``nbytes``, or of what is used if that is more, in which pages lie without holes."""
+        arena = Arena(max(nbytes, self.arena.used), self.arena.data.device)
+        old, new = self.arena.data.view(-1, UNIT), arena.data.view(-1, UNIT)
+        members = self.members
+        for owner in members:
+            table, tiers = owner.state.table, owner.state.tiers
+            there = table >= 0
+            for index in range(len(owner.layout.tiers)):
+                here, size = there & (tiers == index), page_bytes(owner.layout, owner.geometry, index)
+                was = table[here].long()
+                first, units = arena.take_run(size, was.numel()), torch.arange(size // UNIT, device=was.device)
+                now = first + torch.arange(was.numel(), device=was.device) * (size // UNIT)
+                new[now.unsqueeze(-1) + units] = old[was.unsqueeze(-1) + units]
+                table[here] = now.to(table.dtype)
+        self.arena = arena
+        for owner in members:
+            owner.state = owner.state._replace(arena=arena.data)
         CHANGES[0] += 1
 
 
@@ -110,47 +160,43 @@ def arena_bytes(layout: Layout, g: Geometry) -> int:
 
 
 def reserve(state: State, layout: Layout, g: Geometry, arena: Arena, tokens: int) -> None:
-    """Give a page to every slot that ``tokens`` more tokens can fill."""
+    """Give a page to every slot that ``tokens`` more tokens can fill.
+
+    Where pages are of kept tokens, these lie behind those in use, at the widest tier; what a row that began anew left
+    there at other tiers goes back.
+    """
     if layout.kept:
-        _reserve_behind(state, layout, g, arena, tokens)
-        return
-    total = state.anchors.shape[2]
-    size = page_bytes(layout, g)
-    table = state.table[:, 0].tolist()  # read once: a long cache has thousands of pages
-    for row, (start, length, spans, *_) in enumerate(state.rows.tolist()):
-        end = layout.coded_spans(max(length, start) + tokens - max(start, 0))
-        slots = sorted({j % total for j in range(spans, min(end, spans + total))}) if total else []
-        pages = [slot * layout.pages_per_span + i for slot in slots for i in range(layout.pages_per_span)]
-        empty = [p for p in pages if table[row][p] < 0]
-        if empty:
-            with arena.all_or_nothing():
-                offsets = [[arena.take(size) for _ in empty] for _ in range(g.heads)]
-            state.table[row, :, empty] = torch.tensor(offsets, dtype=torch.int32, device=state.table.device)
-
-
-def _reserve_behind(state: State, layout: Layout, g: Geometry, arena: Arena, tokens: int) -> None:
-    """The same where pages are of kept tokens: behind those in use, at the widest tier. What a row that began anew left
-    there at other tiers goes back."""
-    behind = torch.arange(state.table.shape[2], device=state.table.device) >= state.held.sum(-1, keepdim=True)
-    left = (behind & (state.table >= 0) & (state.tiers > 0)).nonzero().tolist()
-    table, tiers, used = state.table.tolist(), state.tiers.tolist(), state.held.sum(-1).tolist()
-    offsets: dict[tuple[int, int, int], int] = {}
+        behind = ~pages_in_use(state) & (state.table >= 0) & (state.tiers > 0)
+        for offset, tier in zip(state.table[behind].tolist(), state.tiers[behind].tolist()):
+            arena.give(offset, page_bytes(layout, g, tier))
+        state.table[behind], state.tiers[behind] = -1, 0
+    empty = missing(state, layout, tokens)
     with arena.all_or_nothing():
-        for row, head, slot in left:
-            arena.give(table[row][head][slot], page_bytes(layout, g, tiers[row][head][slot]))
-            table[row][head][slot] = offsets[row, head, slot] = -1
-        for row, (start, length, spans, *_) in enumerate(state.rows.tolist()):
-            end = layout.coded_spans(max(length, start) + tokens - max(start, 0))
-            count = (min(end, state.anchors.shape[2]) - spans) * layout.pages_per_span
-            for head, first in enumerate(used[row]):
-                for slot in range(first, first + count):
-                    if table[row][head][slot] < 0:
-                        offsets[row, head, slot] = arena.take(page_bytes(layout, g))
-    if offsets:  # at once: each write of its own is a launch
-        device = state.table.device
-        at = tuple(torch.tensor(list(offsets), device=device).unbind(1))
-        state.table[at] = torch.tensor(list(offsets.values()), dtype=torch.int32, device=device)
-        state.tiers[at] = 0
+        offsets = [arena.take(page_bytes(layout, g)) for _ in range(int(empty.sum()))]
+    state.table[empty] = torch.tensor(offsets, dtype=torch.int32, device=state.table.device)
+
+
+def missing(state: State, layout: Layout, tokens: int) -> Tensor:
+    """Which places of the tables ``tokens`` more tokens can fill, and have no page. Shapes: -> bool[B, H, P]."""
+    total, device = state.anchors.shape[2], state.table.device
+    start, length, spans = (state.rows[:, column] for column in (START, LENGTH, SPANS))
+    reach = torch.maximum(length, start) + tokens - start.clamp(min=0) - layout.sink - layout.window
+    end = torch.div(reach, layout.span, rounding_mode="floor").clamp(min=0)
+    place = torch.arange(state.table.shape[2], device=device)
+    if layout.kept:
+        first = state.held.sum(-1, keepdim=True)
+        count = (end.clamp(max=total) - spans).clamp(min=0) * layout.pages_per_span
+        ahead = (place >= first) & (place < first + count.view(-1, 1, 1))
+    else:  # a rolling window's spans come round to their places again
+        lap = (place // layout.pages_per_span - spans.view(-1, 1, 1)) % max(1, total)
+        ahead = lap < (end - spans).view(-1, 1, 1)
+    return ahead & (state.table < 0)
+
+
+def missing_bytes(owner: Owner, tokens: int) -> int:
+    """Bytes of those pages."""
+    state, layout = owner.state, owner.layout
+    return int(missing(state, layout, tokens).sum()) * page_bytes(layout, owner.geometry)
 
 
 def release_empty(state: State, layout: Layout, g: Geometry, arena: Arena) -> int:
@@ -164,7 +210,7 @@ def release_empty(state: State, layout: Layout, g: Geometry, arena: Arena) -> in
     return len(gone)
 
 
-def _coded_pages(state: State, layout: Layout) -> torch.Tensor:
+def _coded_pages(state: State, layout: Layout) -> Tensor:
     """Pages of spans that were encoded already; those reserved ahead are empty too, and stay."""
     live = torch.where(state.rows[:, START] >= 0, state.rows[:, SPANS], 0)
     return (live * layout.pages_per_span).view(-1, 1, 1)

@@ -28,7 +28,9 @@ from sphkv_compile.runtime.ownership import (
     restore,
 )
 from sphkv_compile.runtime.pool import CHANGES, Pool, arena_bytes
-from sphkv_compile.spec import CacheSpec
+from sphkv_compile.runtime.retention import Retention
+from sphkv_compile.spec import CacheSpec, parse_bytes
+from sphkv_compile.storage.layout import UNIT
 from sphkv_compile.storage.state import Geometry
 
 _plain = torch._C.DisableTorchFunctionSubclass
@@ -45,17 +47,21 @@ class Recent:
     """
 
     def __init__(self, tensors: list[Tensor], owners: list[Owner]):
-        self.changes = CHANGES[0]
-        self.identities = list(map(id, tensors))
-        self.state: list[Tensor] = [t for owner in owners for t in owner.state]
+        self.identities, self.owners = list(map(id, tensors)), owners
         self.pools = list({id(o.pool): o.pool for o in owners}.values())
+        self.read()
         me = weakref.ref(self)  # the tensors must not keep this alive either
 
         def clear(_: Any) -> None:
             if (alive := me()) is not None:
-                alive.identities, alive.state, alive.pools = [], [], []
+                alive.identities, alive.owners, alive.state, alive.pools = [], [], [], []
 
         self.watched = [weakref.ref(t, clear) for t in tensors]
+
+    def read(self) -> None:
+        """The states as they are now: a plan may have laid them out anew."""
+        self.changes = CHANGES[0]
+        self.state: list[Tensor] = [t for owner in self.owners for t in owner.state]
 
 
 class Runner:
@@ -101,11 +107,16 @@ class Runner:
             recent = self.local.recent = Recent([args[i] for i in self.cache_inputs], owners)
         for pool in recent.pools:
             pool.step(tokens)
+        if recent.changes != CHANGES[0]:
+            recent.read()
         call = [args[i] for i in self.rewritten.kept]
         call += recent.state
         args.clear()
         with _plain():
-            return self.run(call)
+            out = self.run(call)
+        for pool in recent.pools:
+            pool.settle(tokens)
+        return out
 
     def _comes_again(self, recent: Recent, args: list) -> bool:
         """Whether these are the tensors of the last call, and nothing has changed hands since."""
@@ -154,7 +165,11 @@ class Runner:
         bindings, spec = self.rewritten.bindings, self.spec
         shapes = [_geometry(bindings[i], *pairs[i]) for i in missing]
         nbytes = sum(arena_bytes(bindings[i].layout, g) for i, g in zip(missing, shapes))
-        pool = Pool(nbytes, POLICIES[spec.policy](), spec.plan_every, pairs[missing[0]][0].device)
+        policy, retention = POLICIES[str(spec.policy)](), None
+        if spec.chooses:
+            retention = Retention(policy, parse_bytes(spec.budget or 0, 0))
+            nbytes = UNIT  # what is needed is taken, within the budget once queries say what matters
+        pool = Pool(nbytes, policy, spec.plan_every, pairs[missing[0]][0].device, retention)
         for i, geometry in zip(missing, shapes):
             owners[i] = Owner(bindings[i].layout, geometry, pool, bool(bindings[i].outputs), bindings[i].scale)
 
@@ -227,7 +242,7 @@ def _usable_owner(binding: Binding, k: Tensor, v: Tensor, memo: dict[int, Any]) 
 def _geometry(binding: Binding, k: Tensor, v: Tensor) -> Geometry:
     b, h, length, d = k.shape
     capacity = _capacity(length) if binding.outputs else length
-    return Geometry(b, h, capacity, d, v.shape[-1], k.dtype, v.dtype, binding.rolling)
+    return Geometry(b, h, capacity, d, v.shape[-1], k.dtype, v.dtype, binding.rolling, binding.group)
 
 
 def _capacity(length: int) -> int:
@@ -243,7 +258,7 @@ def _relayout(owners: list[tuple[Owner, int, bool]]) -> None:
         extra = arena_bytes(owner.layout, wanted) - arena_bytes(owner.layout, owner.geometry)
         need[id(owner.pool)] = need.get(id(owner.pool), 0) + max(0, extra)
     for key, pool in pools.items():
-        pool.grow(need[key])
+        pool.resize(pool.arena.nbytes + need[key])
         pool.tokens_left = -1
     for owner, capacity, rolling in owners:
         owner.relayout(capacity, rolling)

@@ -58,6 +58,19 @@ class Arena:
         self.used += units * UNIT
         return offset
 
+    def take_run(self, nbytes: int, count: int) -> int:
+        """Offset of the first of ``count`` pages that lie one behind the other at the tail.
+
+        Raises:
+            ArenaFull: they do not fit there.
+        """
+        units = -(-nbytes // UNIT)
+        if (self.tail + units * count) * UNIT > self.nbytes:
+            raise ArenaFull(f"arena of {self.nbytes} bytes: {count} pages of {nbytes} bytes do not fit at its tail")
+        offset, self.tail = self.tail, self.tail + units * count
+        self.used += units * count * UNIT
+        return offset
+
     def give(self, offset: int, nbytes: int) -> None:
         """Return a page."""
         units = -(-nbytes // UNIT)

@@ -17,6 +17,8 @@ from sphkv_compile.spec import PASSTHROUGH, CacheSpec, Tier
 
 UNIT = 64
 """Bytes of one arena unit; page-table entries count units."""
+MEMORY = 128
+"""Newest queries that a cache of kept tokens remembers: what a policy learns from."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,13 @@ class Layout:
     kept: bool = False
 
     @classmethod
-    def of(cls, spec: CacheSpec, rope: str = "none", rotary_dim: int = 0, packing: str = "rows") -> Layout:
+    def of(
+        cls, spec: CacheSpec, rope: str = "none", rotary_dim: int = 0, packing: str = "rows", kept: bool = False
+    ) -> Layout:
         """The layout that a spec asks for at a site whose rotary embedding was recognised as ``rope``."""
-        tiers = (spec.tier,)
+        tiers = spec.menu if kept else (spec.tier,)
         return cls(
-            spec.codec, tiers, spec.sink, spec.window, spec.span, spec.page, spec.seed, rope, rotary_dim, packing
+            spec.codec, tiers, spec.sink, spec.window, spec.span, spec.page, spec.seed, rope, rotary_dim, packing, kept
         )
 
     def __str__(self) -> str:
@@ -88,6 +92,11 @@ class Layout:
     def tiled(self) -> bool:
         """Whether pages are laid out for a GPU's kernels."""
         return self.packing == "tiles"
+
+    @property
+    def queries(self) -> int:
+        """Newest queries that are remembered."""
+        return MEMORY if self.kept else 0
 
     @property
     def ring(self) -> int:

@@ -46,6 +46,8 @@ class State(NamedTuple):
     * ``rows`` int64[B, WIDTH]: the counters named above.
     * ``energy`` float64[B, H, 2]: sum of |s q|^2 since the pair scale was fixed, and the number of queries in it; the
       error certificates need it.
+    * ``queries`` model dtype[B, HQ, Q, D]: the newest queries (position p at p mod Q), where pages are of kept tokens;
+      else Q is 0.
     """
 
     arena: Tensor
@@ -61,11 +63,12 @@ class State(NamedTuple):
     moments: Tensor
     rows: Tensor
     energy: Tensor
+    queries: Tensor
 
     @property
     def fixed_bytes(self) -> int:
-        """Bytes that do not grow with the number of tokens: ring, sinks, scales, moments, counters."""
-        fixed = (self.exact_k, self.exact_v, self.pair_scale, self.moments, self.rows, self.energy)
+        """Bytes that do not grow with the number of tokens: ring, sinks, scales, moments, counters, queries."""
+        fixed = (self.exact_k, self.exact_v, self.pair_scale, self.moments, self.rows, self.energy, self.queries)
         return sum(t.numel() * t.element_size() for t in fixed)
 
     @property
@@ -79,7 +82,10 @@ STATE_FIELDS = State._fields
 
 
 class Geometry(NamedTuple):
-    """Shape of one site's dense cache. Shapes: K [batch, heads, capacity, k_dim], V [batch, heads, capacity, v_dim]."""
+    """Shape of one site's dense cache, and ``group``, the query heads of a kv head.
+
+    Shapes: K [batch, heads, capacity, k_dim], V [batch, heads, capacity, v_dim].
+    """
 
     batch: int
     heads: int
@@ -89,6 +95,7 @@ class Geometry(NamedTuple):
     k_dtype: torch.dtype
     v_dtype: torch.dtype
     rolling: bool
+    group: int = 1
 
     @property
     def itemsize(self) -> tuple[int, int]:
@@ -141,4 +148,5 @@ def empty_state(layout: Layout, g: Geometry, arena: Tensor) -> State:
         moments=make(g.k_dim + 1, dtype=torch.float64),
         rows=rows,
         energy=make(2, dtype=torch.float64),
+        queries=torch.zeros(g.batch, g.heads * g.group, layout.queries, g.k_dim, dtype=g.k_dtype, device=device),
     )

@@ -69,7 +69,7 @@ def launches(capability, tier, dim, dtype, masked, rolling, heads=8, columns=409
     menu = tuple(map(Tier.parse, tier.split("/")))
     layout = Layout("axis_cosine", menu, 4, 128, 128, 64, 0, "half", dim, "tiles", kept=len(menu) > 1)
     batch = 2 if masked else 1  # two rows are divided by a list
-    geometry = Geometry(batch, heads, columns, dim, dim, dtype, dtype, rolling)
+    geometry = Geometry(batch, heads, columns, dim, dim, dtype, dtype, rolling, 4)
     state, calls = empty_state(layout, geometry, torch.zeros(1 << 16, dtype=torch.uint8)), []
     for module, names in (
         (launch, ("prepare", "decode", "combine")),

@@ -125,7 +125,8 @@ def test_kept_spans_are_encoded_bit_for_bit(fused):
     """Behind what a head already keeps, their positions in the page."""
     _, layout = make("K4V4", 64, torch.bfloat16)
     layout = replace(layout, tiers=(Tier(4, 4), Tier(4, 2)), kept=True)
-    ours, spec = (shuffled_state(layout, Geometry(B, 2, CAPACITY, 64, 64, *[torch.bfloat16] * 2, False)) for _ in "ab")
+    geometry = Geometry(B, 2, CAPACITY, 64, 64, torch.bfloat16, torch.bfloat16, False, 2)
+    ours, spec = (shuffled_state(layout, geometry) for _ in "ab")
     x = tokens(650, 64, 2, torch.bfloat16)
     for first, to in ((0, 320), (320, 650)):
         for write, state in ((fused, ours), (append, spec)):

@@ -340,7 +340,7 @@ def test_a_kept_cache_from_its_first_token():
     (uniform, form), x = make("K4V4", 64), tokens(300, 64, 2)
     append(uniform, form, *part(x, 0, 300), 0, [0, 0])
     layout = replace(form, tiers=(Tier(4, 4), Tier(4, 2)), kept=True)
-    state = shuffled_state(layout, Geometry(B, H, CAPACITY, 64, 64, *2 * (torch.float32,), False))
+    state = shuffled_state(layout, Geometry(B, H, CAPACITY, 64, 64, *2 * (torch.float32,), False, 2))
     for _ in range(2):
         append(state, layout, *part(x, 0, 300), 0, [0, 0])
         assert state.held.flatten(0, 1).tolist() == [[4, 0]] * (B * H)

@@ -8,9 +8,9 @@ from test_moves import cache
 
 from sphkv_compile.kernels.gpu import statistics as kernels
 from sphkv_compile.ops import statistics
-from sphkv_compile.ops.pages import with_positions
+from sphkv_compile.ops.pages import read_statistics, value_lengths, with_positions, write_statistics
 from sphkv_compile.ops.read import dense
-from sphkv_compile.ops.statistics import mean_attention
+from sphkv_compile.ops.statistics import HALF_LIFE, mean_attention, observe, realised_losses
 from sphkv_compile.storage.state import LENGTH
 
 GROUP, SCALE = 3, 0.3
@@ -54,3 +54,71 @@ def test_against_float64(menu, dim, packing, count, monkeypatch):
         monkeypatch.setattr(statistics, "gpu", lambda *_: kernels)
         fused = mean_attention(state, layout, q, first, SCALE)
         torch.testing.assert_close(fused.double(), want, rtol=5e-3, atol=1e-7)  # queries are float16
+
+
+FORMS = [(("K4V4", "K4V2"), 64, "rows"), (("K8V4", "K4V4", "K4V2"), 128, "tiles")]
+
+
+@pytest.mark.parametrize(("menu", "dim", "packing"), FORMS)
+def test_statistics_and_lengths_lie_where_their_page_has_them(menu, dim, packing):
+    """Written and read back, with every other byte of every page as it was; lengths are those of decoded values."""
+    state, layout, _ = cache(menu, dim, packing)
+    there = with_positions(state, layout).positions >= 0
+    keys = dense(state, layout, 500)
+    one, two = (torch.rand(there.shape, generator=torch.Generator().manual_seed(i)) * 1e-4 for i in range(2))
+    write_statistics(state, layout, one, two)
+    for found, wanted in zip(read_statistics(state, layout), (one, two)):
+        assert torch.equal(found[there], wanted.bfloat16().float()[there])
+    assert all(torch.equal(a, b) for a, b in zip(keys, dense(state, layout, 500)))
+    positions = with_positions(state, layout).positions
+    length = keys[1].norm(dim=-1).gather(2, positions.clamp(min=0).long().flatten(2)).view(positions.shape)
+    ratio = (value_lengths(state, layout) / length)[there]
+    assert float((ratio - 1).abs().max()) < 0.25 and float((ratio - 1).abs().mean()) < 0.06
+
+
+@pytest.mark.parametrize(("menu", "dim", "packing"), FORMS)
+def test_what_is_observed_is_remembered(menu, dim, packing):
+    """A mean over a life of two observations, and one that forgets half of the first in its half-life."""
+    state, layout, _ = cache(menu, dim, packing)
+    memory = torch.randn(2, 2 * GROUP, 128, dim, generator=torch.Generator().manual_seed(5))
+    state = state._replace(queries=memory)
+    length, there = int(state.rows[0, LENGTH]), with_positions(state, layout).positions >= 0
+    assert torch.equal(observe(state, layout, 128, SCALE), there)
+    first = mean_attention(state, layout, memory[:, :, torch.arange(length - 128, length) % 128], length - 128, SCALE)
+    for found in read_statistics(state, layout):
+        torch.testing.assert_close(found[there], first[there], rtol=4e-3, atol=0)
+    memory.copy_(torch.randn(memory.shape, generator=torch.Generator().manual_seed(6)))
+    assert not bool(observe(state, layout, 32, SCALE).any())
+    new = mean_attention(state, layout, memory[:, :, torch.arange(length - 32, length) % 128], length - 32, SCALE)
+    age = (length - with_positions(state, layout).positions).float()
+    assert bool((age[there] >= 16).all())
+    looks = age.clamp(max=32)
+    mean, recent = read_statistics(state, layout)
+    kept = 0.5 ** (looks / HALF_LIFE)
+    torch.testing.assert_close(mean[there], (first + (new - first) * looks / age)[there], rtol=8e-3, atol=1e-9)
+    torch.testing.assert_close(recent[there], (first * kept + new * (1 - kept))[there], rtol=8e-3, atol=1e-9)
+
+
+def test_losses_against_a_sum_over_tokens():
+    state, layout, _ = cache(("K4V4", "K4V2"), 64, "rows")
+    length, positions = int(state.rows[0, LENGTH]), with_positions(state, layout).positions
+    q = torch.randn(2, 2 * GROUP, 40, 64, generator=torch.Generator().manual_seed(5))
+    worth = torch.where(positions >= 0, torch.rand(positions.shape, generator=torch.Generator().manual_seed(2)), -1.0)
+    keep = torch.tensor([0, 1, 50, 200, 10000]).expand(2, 2, 5).contiguous()
+    found = realised_losses(state, layout, worth, keep, q, length - 40, SCALE)
+
+    keys, _ = dense(state, layout, length)
+    logits = (q.double().unflatten(1, (2, -1)) @ keys.double().mT.unsqueeze(2)) * SCALE
+    at = torch.arange(length - 40, length)
+    seen = (torch.arange(length) <= at.unsqueeze(-1)) & (keys.abs().sum(-1) > 0)[:, :, None, None]
+    weights = logits.masked_fill(~seen, -math.inf).softmax(-1)
+    lengths = value_lengths(state, layout).double()
+    for b in range(2):
+        for h in range(2):
+            there = positions[b, h] >= 0
+            order = worth[b, h][there].argsort(descending=True)
+            tokens, length_of = positions[b, h][there][order].long(), lengths[b, h][there][order]
+            paid = weights[b, h][..., tokens] * length_of / length_of.mean()
+            for i, count in enumerate(keep[b, h].tolist()):
+                wanted = paid[..., count:].sum(-1).square().mean()
+                assert float(found[b, h, i]) == pytest.approx(float(wanted), rel=1e-3, abs=1e-12)

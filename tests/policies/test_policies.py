@@ -7,12 +7,21 @@ from sphkv_compile.policies import DROP, POLICIES, Held
 from sphkv_compile.spec import POLICIES as NAMES
 from sphkv_compile.spec import Tier
 
+PRICES = 120, 80
+"""Bytes of a page of each tier."""
+
 
 def held(rows: int = 2, heads: int = 3, pages: int = 4, page: int = 8) -> Held:
     positions = torch.arange(pages * page, dtype=torch.int32).view(pages, page).expand(rows, heads, pages, page).clone()
     positions[..., -1, 4:] = -1
     tiers = torch.arange(rows * heads * pages, dtype=torch.uint8).view(rows, heads, pages) % 2
-    return Held(positions, tiers, torch.full((rows,), pages * page), (Tier(8, 4), Tier(4, 4)))
+    share = torch.rand(positions.shape, generator=torch.Generator().manual_seed(1))
+    length = torch.full((rows,), pages * page)
+    return Held(positions, tiers, length, (Tier(8, 4), Tier(4, 4)), PRICES, mean=share, recent=share)
+
+
+def budget(per_head: int) -> torch.Tensor:
+    return torch.full((2, 3), per_head)
 
 
 def test_spec_and_registry_agree():
@@ -22,14 +31,21 @@ def test_spec_and_registry_agree():
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_plan_is_a_tier_of_the_menu_or_a_drop(name):
     view = held()
-    plan = POLICIES[name]().plan(view, None)
+    plan = POLICIES[name]().plan(view, budget(250))
     assert plan.dtype == torch.uint8 and plan.shape == view.positions.shape
     assert set(plan.unique().tolist()) <= {0, 1, DROP}
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_plans_are_deterministic(name):
-    assert torch.equal(POLICIES[name]().plan(held(), None), POLICIES[name]().plan(held(), None))
+    assert torch.equal(*(POLICIES[name]().plan(held(), budget(250)) for _ in "ab"))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_with_bytes_for_all_nothing_is_dropped(name):
+    view = held()
+    plan = POLICIES[name]().plan(view, budget(4 * PRICES[0]))
+    assert bool((plan[view.positions >= 0] != DROP).all())
 
 
 def test_keep_all_keeps_every_token_at_its_tier():

@@ -11,7 +11,7 @@ MENU = tuple(map(Tier.parse, ("K8V4", "K4V4", "K4V2")))
 PRICES, PAGE = (204 * 16, 140 * 16, 108 * 16), 16
 
 
-def held(pages=40, seed=0, tiers=None, planned=0, kappa=1.0, **known):
+def held(pages=40, seed=0, tiers=None, fresh=None, kappa=1.0, **known):
     """One row of two heads; attention and values at random."""
     random = torch.Generator().manual_seed(seed)
     shape = 1, 2, pages, PAGE
@@ -20,7 +20,7 @@ def held(pages=40, seed=0, tiers=None, planned=0, kappa=1.0, **known):
     mean, recent, expected = (torch.randn(shape, generator=random).mul(2).exp() / 1e4 for _ in range(3))
     facts = dict(mean=mean, recent=recent, expected=expected, value_norm=torch.rand(shape, generator=random) + 0.5)
     tiers = torch.zeros(1, 2, pages, dtype=torch.uint8) if tiers is None else tiers
-    facts |= dict(kappa=torch.full((1, 2), float(kappa)), planned=torch.tensor([planned])) | known
+    facts |= dict(kappa=torch.full((1, 2), float(kappa)), fresh=fresh) | known
     return Held(positions, tiers, torch.tensor([pages * PAGE + 200]), MENU, PRICES, **facts)
 
 
@@ -61,12 +61,12 @@ def test_noisy_heads_buy_key_bits():
 def test_precision_only_falls():
     pages = 40
     tiers = torch.arange(pages).view(1, 1, pages).expand(1, 2, pages).remainder(3).to(torch.uint8)
-    view = held(tiers=tiers, planned=1 << 30)
+    view = held(tiers=tiers, fresh=torch.zeros(1, 2, 40, PAGE, dtype=torch.bool))
     budget = torch.tensor([[108 * 640] * 2])
     plan = Rdr().plan(view, budget)
     assert bool((plan >= tiers.unsqueeze(-1)).all())
-    for unplanned in (None, torch.tensor([0])):  # a token that no plan has seen, in a page that one has made narrow
-        again = Rdr().plan(Held(**{**view.__dict__, "planned": unplanned}), budget)
+    for fresh in (None, torch.ones(1, 2, 40, PAGE, dtype=torch.bool)):  # unseen, and in a narrow page
+        again = Rdr().plan(Held(**{**view.__dict__, "fresh": fresh}), budget)
         assert bool((again >= tiers.unsqueeze(-1)).all())
 
 
@@ -74,7 +74,7 @@ def test_a_change_of_tier_is_paid_for_and_a_wider_one_cannot_be_had():
     """Rows: tokens of each tier, the widest first, then those no plan has seen. Columns: the drop, narrowest first."""
     rows = Rdr().losses(held(kappa=2.0))[0, 0]
     keys, narrow, wide = 2.0 * mse(4), mse(2), mse(4)
-    plain = torch.tensor([1.0, 0.1 * (keys + narrow), 0.1 * (keys + wide), 0.1 * (2.0 * mse(8) + wide)])
+    plain = torch.tensor([1.0, keys + narrow, keys + wide, 2.0 * mse(8) + wide])
     inf = float("inf")
     expected = torch.stack([
         plain + torch.tensor([0.1, 0.1, 0.1, 0.0]),

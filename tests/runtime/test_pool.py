@@ -117,7 +117,7 @@ def test_growing_keeps_what_is_held_bit_for_bit():
     append(owner.state, LAYOUT, q, k, v, 0, [0, 0])
     before = dense(owner.state, LAYOUT, 90)
     wanted = owner.geometry._replace(capacity=300)
-    owner.pool.grow(arena_bytes(LAYOUT, wanted) - arena_bytes(LAYOUT, owner.geometry))
+    owner.pool.resize(arena_bytes(LAYOUT, wanted))
     owner.relayout(300, rolling=False)
     assert all(torch.equal(a, b) for a, b in zip(before, dense(owner.state, LAYOUT, 90)))
     owner.pool.step(200)
@@ -126,6 +126,26 @@ def test_growing_keeps_what_is_held_bit_for_bit():
     coded = slice(0, 4 + 4 * 16)  # sinks and the four spans that had left the window
     after = dense(owner.state, LAYOUT, 90)
     assert all(torch.equal(a[:, :, coded], b[:, :, coded]) for a, b in zip(before, after))
+
+
+def test_a_resized_arena_has_no_holes():
+    """Pages of two owners, some of them given back, in an arena of just what is used."""
+    first = made(ForgetOld(4 + 21))
+    g, pool = first.geometry, first.pool
+    second = Owner(LAYOUT, g, pool)
+    second.holds_codes = True
+    pool.step(130)
+    for owner, seed in ((first, 1), (second, 2)):
+        append(owner.state, LAYOUT, *random_tokens(g, 130, seed=seed), 0, [0, 0])
+    pool.plan(1)
+    before = [dense(owner.state, LAYOUT, 130) for owner in (first, second)]
+    pool.resize(0)
+    assert pool.arena.nbytes == pool.arena.used < pool.arena.tail * 64 + 64
+    for owner, (k, v) in zip((first, second), before):
+        assert owner.state.arena is pool.arena.data
+        assert all(torch.equal(a, b) for a, b in zip((k, v), dense(owner.state, LAYOUT, 130)))
+    offsets = torch.cat([o.state.table[o.state.table >= 0] for o in (first, second)])
+    assert offsets.unique().numel() == offsets.numel()
 
 
 def test_a_row_that_a_device_could_not_write_is_an_error_at_the_next_plan():

@@ -20,7 +20,7 @@ from sphkv_compile.testing.oracle import random_tokens
 
 MENU = tuple(map(Tier.parse, ("K8V4", "K4V4", "K4V2")))
 LAYOUT = Layout("axis_cosine", MENU, 4, 16, 32, 16, 0, "half", 32, "rows", True)
-G = Geometry(2, 3, 700, 32, 32, torch.float32, torch.float32, False)
+G = Geometry(2, 3, 700, 32, 32, torch.float32, torch.float32, False, 2)
 
 
 class Cache:

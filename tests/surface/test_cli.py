@@ -69,7 +69,7 @@ def test_a_mode_among_the_options_reaches_inductor(options, monkeypatch):
 
 def test_an_unknown_mode_names_those_that_there_are():
     step = torch.compile(lambda x: x + 1, backend="sphkv", options={"mode": "reduce-overheads"})
-    with pytest.raises(Exception, match="reduce-overheads.*max-autotune"):
+    with pytest.raises(Exception, match=r"reduce-overheads.*max-autotune"):
         step(torch.zeros(1))
 
 

@@ -108,10 +108,10 @@ def advance(row, begin, spans, coded, first, base, anew, fault, frozen, ROLLING:
 
 @triton.jit
 def append(
-    Q, K, V, WORDS, TABLE, TIERS, POSITIONS, HELD, ANCHORS, STEPS, EXACT_K, EXACT_V, SCALE, MOMENTS, ENERGY, SIGNS,
-    LEVELS, FACTORS, ROWS, POS, MASK, start, q_row, q_head, k_row, k_head, v_row, v_head, mask_row, H, NS, NP,
+    Q, K, V, WORDS, TABLE, TIERS, POSITIONS, HELD, ANCHORS, STEPS, EXACT_K, EXACT_V, SCALE, MOMENTS, ENERGY, QUERIES,
+    SIGNS, LEVELS, FACTORS, ROWS, POS, MASK, start, q_row, q_head, k_row, k_head, v_row, v_head, mask_row, H, NS, NP,
     G: constexpr, D: constexpr, N: constexpr, HEADS: constexpr, KB: constexpr, VB: constexpr,
-    SPAN: constexpr, BLOCK: constexpr, SINK: constexpr, RING: constexpr,
+    SPAN: constexpr, BLOCK: constexpr, SINK: constexpr, RING: constexpr, MEMORY: constexpr,
     KBORDERS: constexpr, VBORDERS: constexpr,
     ROTARY: constexpr, INTERLEAVED: constexpr, KNOWN: constexpr, KEPT: constexpr, TIERCOUNT: constexpr,
     TWIN: constexpr, HAS_POS: constexpr, HAS_START: constexpr, MASKED: constexpr, ROLLING: constexpr, PDL: constexpr,
@@ -164,6 +164,10 @@ def append(
             sums = moments[:, None] + d[None, :]
             tl.store(sums, tl.load(sums) + tl.sum(q * q, 1).to(tl.float64))
             tl.store(moments + D, tl.load(moments + D) + G)
+        if MEMORY > 0:  # for the statistics
+            lane = ((bh[:, None] * G + g[None, :]) * MEMORY + first % MEMORY) * D
+            here = QUERIES + lane[:, :, None] + d[None, None, :]
+            tl.store(here, q.to(QUERIES.dtype.element_ty), mask=(g < G)[None, :, None])
         slot = tl.where(first < begin + SINK, first - begin, SINK + first % RING)
         new = (bh * (SINK + RING) + slot)[:, None] * D + d[None, :]
         tl.store(EXACT_K + new, tl.load(K + b * k_row + (h * k_head)[:, None] + d[None, :]))

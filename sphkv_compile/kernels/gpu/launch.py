@@ -40,19 +40,19 @@ SLICES = 128
 """Parts that ``combine`` merges at once; more slow it."""
 
 
-def layout_served(spec: CacheSpec, k_dim: int, v_dim: int) -> bool:
+def layout_served(spec: CacheSpec, k_dim: int, v_dim: int, kept: bool = False) -> bool:
     """Whether pages of this kind can be tiled for these kernels."""
-    tier = spec.tier
     return (
         spec.codec == "axis_cosine"
         and spec.page == tiles.TOKENS
         and spec.span & (spec.span - 1) == 0  # what a kernel lists is a power of two
         and k_dim == v_dim
         and k_dim in DIMS
-        and tier.k_bits in BITS
-        and tier.v_bits in BITS
-        and tiles.served(k_dim, tier.k_bits)
-        and tiles.served(v_dim, tier.v_bits)
+        and all(
+            bits in BITS and tiles.served(k_dim, bits)
+            for tier in (spec.menu if kept else (spec.tier,))
+            for bits in (tier.k_bits, tier.v_bits)
+        )
     )
 
 
@@ -165,7 +165,8 @@ def append(
     depends = _depends(q.device)
     flags = {
         "HAS_POS": pos is not None, "HAS_START": start is not None, "MASKED": mask is not None,
-        "SPAN": layout.span, "SINK": layout.sink, "RING": layout.ring, "PDL": depends,
+        "SPAN": layout.span, "SINK": layout.sink, "RING": layout.ring, "MEMORY": state.queries.shape[2],
+        "PDL": depends,
     }  # fmt: skip
     spans, pages = state.anchors.shape[2], state.table.shape[2]
     tier = layout.tiers[0]
@@ -174,10 +175,10 @@ def append(
     appending.append[(b * h // heads,)](
         q, k, v, state.arena.view(torch.int32), state.table, state.tiers, state.positions, state.held,
         state.anchors, state.span_scales, state.exact_k, state.exact_v, state.pair_scale, state.moments, state.energy,
-        signs_of(layout, d, q.device), levels_of(tier, q.device), factors, state.rows, where, shown, start or 0,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), mask_row, h, max(1, spans), pages,
-        G=hq // h, D=d, N=triton.next_power_of_2(hq // h), HEADS=heads, KB=tier.k_bits, VB=tier.v_bits,
-        **borders_of(tier),
+        state.queries, signs_of(layout, d, q.device), levels_of(tier, q.device), factors, state.rows, where, shown,
+        start or 0, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), mask_row, h,
+        max(1, spans), pages, G=hq // h, D=d, N=triton.next_power_of_2(hq // h), HEADS=heads,
+        KB=tier.k_bits, VB=tier.v_bits, **borders_of(tier),
         ROTARY=layout.rotary_dim, INTERLEAVED=layout.rope == "interleaved", KNOWN=layout.rope != "none",
         KEPT=layout.kept, TIERCOUNT=len(layout.tiers), TWIN=not converts(q.device), ROLLING=rolling,
         enable_fp_fusion=False, launch_pdl=depends, **encoding_block(layout, d), **flags,

@@ -1,0 +1,40 @@
+"""Shares: how many bytes each head gets of what they all have, by what recent queries would have lost with fewer.
+
+Heads differ far more than tokens of one head do: a few of them read their past widely, and every token that such a head
+drops costs the model, while most heads lose nothing with a tenth of theirs.
+
+Source: SPHERICAL KV (arXiv 2605.18856), retention under a rate constraint; Lagrangian bit allocation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+GRID = (*(x / 20 for x in range(4, 20)), *(x / 10 for x in range(10, 20)), 2.0, 2.2, 2.5, 3.0, 3.5, 4.0)
+"""The shares that are tried, from a fifth of an equal one to four times that."""
+BISECTIONS = 60
+
+
+def shares(losses: Tensor, weights: Tensor) -> Tensor:
+    """The share of each head, 1 for an equal one, so that the losses add up to the least: one Lagrange multiplier for
+    all heads. Of shares that cost the same the smallest is taken, and what is then left over serves all alike.
+
+    Args:
+        losses: of each head at each share of ``GRID``.
+        weights: bytes of an equal share.
+
+    Shapes: ``losses`` float32[N, len(GRID)], ``weights`` float32[N] -> float32[N], whose weighted mean is 1.
+    """
+    grid, weight = torch.tensor(GRID, device=losses.device), (weights / weights.mean()).unsqueeze(-1)
+    low, high = torch.full((), 1e-12), torch.full((), 1e6)
+    for _ in range(BISECTIONS):  # on a logarithmic scale
+        middle = (low * high).sqrt()
+        over = (_best(losses, grid, weight, middle) * weight.squeeze(-1)).mean() > 1
+        low, high = (middle, high) if over else (low, middle)
+    found = _best(losses, grid, weight, high)
+    return found / (found * weight.squeeze(-1)).mean()
+
+
+def _best(losses: Tensor, grid: Tensor, weight: Tensor, price: Tensor) -> Tensor:
+    return grid[(losses + price.to(losses.device) * weight * grid).argmin(-1)]

@@ -1,0 +1,160 @@
+"""Retention under a budget: what recent queries say of the tokens that are held, and what a policy makes of it.
+
+Runs between steps. Nothing is decided before enough queries were seen, so a prompt that eager code has filled in, whose
+queries nobody saw, is held whole for the first steps.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sphkv_compile.ops.pages import pages_in_use, read_statistics, value_lengths, with_positions
+from sphkv_compile.ops.statistics import mean_attention, newest_queries, observe, realised_losses
+from sphkv_compile.policies import DROP, Held, Policy
+from sphkv_compile.policies.shares import GRID, shares
+from sphkv_compile.runtime.certificate import kappa
+from sphkv_compile.runtime.pool import Pool, arena_bytes, page_bytes
+from sphkv_compile.runtime.retain import rearrange
+from sphkv_compile.storage.layout import MEMORY, UNIT
+from sphkv_compile.storage.state import LENGTH
+
+if TYPE_CHECKING:
+    from sphkv_compile.runtime.ownership import Owner
+
+
+@dataclass
+class Moved:
+    """What plans have done so far. Units: tokens of a kv head, pages."""
+
+    dropped: int = 0
+    demoted: int = 0
+    moved: int = 0
+    freed_pages: int = 0
+
+
+@dataclass
+class Retention:
+    """The budget of one pool, and how heads share it.
+
+    Args:
+        budget: of pages, anchors, positions, statistics and page tables of all sites of the pool.
+        equal: give every head the same.
+
+    Units: bytes.
+    """
+
+    policy: Policy
+    budget: int
+    equal: bool = False
+    moved: Moved = field(default_factory=Moved)
+    _kappas: weakref.WeakKeyDictionary[Owner, Tensor] = field(default_factory=weakref.WeakKeyDictionary)
+    _shares: weakref.WeakKeyDictionary[Owner, Tensor] = field(default_factory=weakref.WeakKeyDictionary)
+
+    def anew(self) -> Retention:
+        """The same, of a cache about which nothing is known."""
+        return Retention(self.policy, self.budget, self.equal)
+
+    def plan(self, pool: Pool, owners: list[Owner]) -> None:
+        """Bring ``owners`` within the budget, if enough queries were seen since the last time."""
+        length = max((int(owner.state.rows[:, LENGTH].max()) for owner in owners), default=0)
+        count = min(pool.queries, MEMORY, length)
+        if not count or count < min(MEMORY, pool.plan_every, length):
+            return
+        pool.queries = 0
+        owners = [owner for owner in owners if bool(pages_in_use(owner.state).any())]
+        fresh = {owner: observe(owner.state, owner.layout, count, owner.scale) for owner in owners}
+        room = self.room(pool)
+        each = self._equal(pool, room)
+        if count == MEMORY and owners and not self.equal and not len(self._shares):
+            self._share({owner: self._held(owner, fresh[owner]) for owner in owners}, each, count)
+        for owner in owners:
+            self._retain(pool, owner, self._held(owner, fresh[owner]), self._budget(owner, each))
+        limit = room + self.aside(pool)
+        if pool.arena.nbytes > limit:
+            pool.resize(limit)
+
+    def room(self, pool: Pool) -> int:
+        """What the budget leaves for pages of kept tokens."""
+        tables = sum(owner.state.table_bytes for owner in pool.members if owner.layout.kept)
+        return max(0, (self.budget - tables) // UNIT * UNIT)
+
+    def aside(self, pool: Pool) -> int:
+        """Bytes of the arena that do not grow with the length and come on top of the budget, as the window does: pages
+        into which its tokens are coded until the next plan, and those of sliding windows."""
+        total = 0
+        for owner in pool.members:
+            layout, g = owner.layout, owner.geometry
+            if layout.kept:
+                spans = min(layout.spans(g.capacity, False), (2 * pool.plan_every + layout.span - 1) // layout.span)
+                total += g.batch * g.heads * spans * layout.pages_per_span * page_bytes(layout, g)
+            else:
+                total += arena_bytes(layout, g)
+        return total
+
+    def _equal(self, pool: Pool, room: int) -> dict[Owner, float]:
+        """Bytes of an equal share of a head of each owner: in proportion to its dense cache."""
+        dense = {owner: owner.geometry.dense_bytes for owner in pool.members if owner.layout.kept}
+        total = max(1, sum(dense.values()))
+        return {o: room * dense[o] / total / (o.geometry.batch * o.geometry.heads) for o in dense}
+
+    def _held(self, owner: Owner, fresh: Tensor) -> Held:
+        state, layout, g = owner.state, owner.layout, owner.geometry
+        mean, recent = read_statistics(state, layout)
+        return Held(
+            with_positions(state, layout).positions, state.tiers, state.rows[:, LENGTH], layout.tiers,
+            tuple(page_bytes(layout, g, tier) for tier in range(len(layout.tiers))), fresh, mean, recent,
+            value_norm=value_lengths(state, layout), kappa=self._kappas.get(owner),
+        )  # fmt: skip
+
+    def _budget(self, owner: Owner, each: dict[Owner, float]) -> Tensor:
+        """Shapes: -> int64[B, H]."""
+        g, device = owner.geometry, owner.state.table.device
+        share = self._shares.get(owner, torch.ones(g.batch, g.heads, device=device))
+        return (each[owner] * share).long()
+
+    def _share(self, held: dict[Owner, Held], each: dict[Owner, float], count: int) -> None:
+        """Shares of all heads, once: from the first queries that there are, the second half of which says what would
+        have been lost by what the first half says of the tokens. How many tokens a share buys is asked of the policy,
+        which chooses their tiers."""
+        half, losses, weights = count // 2, [], []
+        for owner, known in held.items():
+            state, layout, g = owner.state, owner.layout, owner.geometry
+            end = int(state.rows[:, LENGTH].max())
+            choice = self.policy.plan(known, self._budget(owner, each))
+            price = torch.tensor([*known.prices, *[0] * (256 - len(known.prices))], device=choice.device) / layout.page
+            stays = (choice != DROP) & (known.positions >= 0)
+            mean_price = (price[choice.long()] * stays).sum((2, 3)) / stays.sum((2, 3)).clamp(min=1)
+            bought = each[owner] * torch.tensor(GRID, device=price.device) / mean_price.clamp(min=1e-3).unsqueeze(-1)
+            found = realised_losses(
+                state, layout, mean_worth(owner, newest_queries(state, end - count, end - half), end - count),
+                bought.long(), newest_queries(state, end - half, end), end - half, owner.scale,
+            )  # fmt: skip
+            losses.append(found.flatten(0, 1))
+            weights.append(torch.full((g.batch * g.heads,), each[owner], device=found.device))
+        found = shares(torch.cat(losses), torch.cat(weights))
+        for owner, share in zip(held, found.split([len(w) for w in weights])):
+            self._shares[owner] = share.view(owner.geometry.batch, owner.geometry.heads)
+            self._kappas[owner] = kappa(owner.state, owner.layout, owner.scale)
+
+    def _retain(self, pool: Pool, owner: Owner, held: Held, budget: Tensor) -> None:
+        choice = self.policy.plan(held, budget)
+        done = pool.fit(lambda: rearrange(owner.state, owner.layout, owner.geometry, pool.arena, choice))
+        self.moved.dropped += done.dropped
+        self.moved.demoted += done.demoted
+        self.moved.moved += done.moved
+        self.moved.freed_pages += done.freed_pages
+
+
+def mean_worth(owner: Owner, queries: Tensor, first: int) -> Tensor:
+    """What queries paid to each token, times the length of its value; -1 where there is none.
+
+    Shapes: ``queries`` [B, HQ, T, D] -> float32[B, H, P, page].
+    """
+    state, layout = owner.state, owner.layout
+    paid = mean_attention(state, layout, queries, first, owner.scale) * value_lengths(state, layout)
+    return torch.where(with_positions(state, layout).positions >= 0, paid, -1.0)

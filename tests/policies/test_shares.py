@@ -1,0 +1,45 @@
+"""Shares of heads: the least sum of losses under one total, against every choice that there is."""
+
+import itertools
+
+import pytest
+import torch
+
+from sphkv_compile.policies.shares import GRID, shares
+
+
+def losses(heads, seed):
+    """Falling with the share and convex, as different from head to head as they are in models."""
+    random = torch.Generator().manual_seed(seed)
+    scale, power = torch.randn(heads, 1, generator=random).mul(3).exp(), 1 + torch.rand(heads, 1, generator=random) * 3
+    return scale * torch.tensor(GRID) ** -power
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_against_every_choice(seed):
+    """Three heads: no choice of grid points within the total loses less than what a multiplier finds before the rest is
+    handed out."""
+    found = losses(3, seed)
+    weights = torch.tensor([1.0, 2.0, 0.5])
+    got = shares(found, weights)
+    assert float((got * weights).sum()) == pytest.approx(float(weights.sum()), rel=1e-5)
+    grid = torch.tensor(GRID)
+    least = min(
+        sum(float(found[i, j]) for i, j in enumerate(choice))
+        for choice in itertools.product(range(len(GRID)), repeat=3)
+        if float((grid[list(choice)] * weights).sum()) <= float(weights.sum())
+    )
+    # the loss at the shares that were found, between grid points as at the next lower one
+    index = [int((grid <= share + 1e-6).sum()) - 1 for share in got.tolist()]
+    assert sum(float(found[i, max(0, j)]) for i, j in enumerate(index)) <= least * 1.35
+
+
+def test_equal_heads_share_alike():
+    assert torch.allclose(shares(losses(1, 0).expand(7, -1), torch.ones(7)), torch.ones(7))
+
+
+def test_who_loses_nothing_gives():
+    found = losses(2, 0)
+    found[0] = 0
+    got = shares(found, torch.ones(2))
+    assert got[0] < 0.3 and got[1] > 1.7
