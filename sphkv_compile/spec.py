@@ -19,7 +19,7 @@ PASSTHROUGH = 16
 
 BITS = (2, 3, 4, 8, PASSTHROUGH)
 CODECS = ("axis_cosine", "pair_polar", "chain", "tree")
-POLICIES = ("keep_all", "rdr")
+POLICIES = ("keep_all", "rdr", "window", "heavy_hitter", "snapkv")
 COMPILER_OPTIONS = ("mode", "inductor")
 """Keys of the backend's ``options`` that say how graphs are compiled; every other is a field of CacheSpec."""
 
@@ -73,7 +73,8 @@ class CacheSpec:
         page: tokens in a page.
         codec: how a key's direction is coded.
         policy: which tokens stay, and at which tier: ``"rdr"`` where a budget is given, else ``"keep_all"``, which
-            with a budget picks the widest tier that all tokens fit at.
+            with a budget picks the widest tier that all tokens fit at. Or a policy object of the user's
+            (:class:`sphkv_compile.policies.Policy`).
         plan_every: steps between two plans.
         seed: of the rotation's signs.
         strict: raise where a site cannot be rewritten, instead of leaving it dense.
@@ -90,7 +91,7 @@ class CacheSpec:
     span: int = 128
     page: int = 64
     codec: str = "axis_cosine"
-    policy: str | None = None
+    policy: Any = None
     tiers: str | tuple[str, ...] = "K8V4,K4V4,K4V2"
     plan_every: int = 128
     seed: int = 0
@@ -110,7 +111,10 @@ class CacheSpec:
         _one_of("codec", self.codec, CODECS)
         if self.policy is None:
             object.__setattr__(self, "policy", "keep_all" if self.budget is None else "rdr")
-        _one_of("policy", str(self.policy), POLICIES)
+        if isinstance(self.policy, str):
+            _one_of("policy", self.policy, POLICIES)
+        elif not callable(getattr(self.policy, "plan", None)):
+            raise ValueError(f"policy={self.policy!r}: expected one of {', '.join(POLICIES)}, or an object with plan()")
         if self.chooses:
             if self.budget is None:
                 raise ValueError(f"policy={self.policy!r} needs a budget, such as budget=0.25 or budget='512MiB'")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from sphkv_compile.policies.base import DROP, Held, Policy
+from sphkv_compile.policies.heavy_hitter import HeavyHitter
 from sphkv_compile.policies.keep_all import KeepAll
 from sphkv_compile.policies.rdr import Rdr
+from sphkv_compile.policies.snapkv import SnapKV
+from sphkv_compile.policies.window import Window
 
-POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (KeepAll, Rdr)}
+POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (KeepAll, Rdr, Window, HeavyHitter, SnapKV)}
 
-__all__ = ["DROP", "POLICIES", "Held", "KeepAll", "Policy", "Rdr"]
+__all__ = ["DROP", "POLICIES", "HeavyHitter", "Held", "KeepAll", "Policy", "Rdr", "SnapKV", "Window"]

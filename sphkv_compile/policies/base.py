@@ -51,6 +51,8 @@ class Policy(ABC):
     """Decides between steps; the compiled graph never sees it."""
 
     name: ClassVar[str]
+    shares: ClassVar[bool] = False
+    """Whether heads get bytes by what they would lose (:mod:`sphkv_compile.policies.shares`), or all the same."""
 
     @abstractmethod
     def plan(self, held: Held, budget: Tensor | None) -> Tensor:

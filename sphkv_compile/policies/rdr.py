@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from sphkv_compile.codecs.codebook import mse
-from sphkv_compile.policies.base import DROP, Held, Policy
-from sphkv_compile.policies.solver import Prices, allocate
+from sphkv_compile.policies.base import Held, Policy
+from sphkv_compile.policies.choice import choose
 from sphkv_compile.spec import PASSTHROUGH
 
 MEAN, EXPECTED, RECENT, PRIOR = 0.3, 0.3, 0.2, 0.2
@@ -39,26 +39,11 @@ class Rdr(Policy):
     """Needs a budget; what else a site does not know, it does without."""
 
     name: ClassVar[str] = "rdr"
+    shares: ClassVar[bool] = True
 
     def plan(self, held: Held, budget: Tensor | None) -> Tensor:
-        """Shapes: -> uint8[B, H, P, page].
-
-        Raises:
-            ValueError: no budget, or no prices.
-        """
-        if budget is None or len(held.prices) != len(held.menu):
-            raise ValueError(f"policy 'rdr' needs a budget and a price for each of {len(held.menu)} tiers")
-        b, h, _, page = held.positions.shape
-        choices = len(held.menu)
-        worth = torch.where(held.positions >= 0, self.worth(held), -1.0)
-        prices = Prices((0, *reversed(held.prices)), page)
-        kinds = _kinds(held).expand_as(held.positions)
-        # by position, so that of equal tokens the older stays wherever it lies
-        order = torch.where(held.positions >= 0, held.positions, torch.iinfo(torch.int32).max).flatten(2).argsort(-1)
-        worth, kinds = (x.flatten(2).gather(-1, order).flatten(0, 1) for x in (worth, kinds))
-        chosen = allocate(worth, kinds, self.losses(held).flatten(0, 1), prices, budget.flatten())
-        tier = torch.where(chosen == 0, DROP, choices - chosen).to(torch.uint8).view(b, h, -1)
-        return torch.empty_like(tier).scatter_(-1, order, tier).view(held.positions.shape)
+        """Shapes: -> uint8[B, H, P, page]. Raises: ValueError: no budget, or no prices."""
+        return choose(held, self.worth(held), _kinds(held), self.losses(held), budget, self.name)
 
     def worth(self, held: Held) -> Tensor:
         """Expected share of attention, times the value's length. Shapes: -> float32[B, H, P, page]."""

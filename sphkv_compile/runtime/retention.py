@@ -43,21 +43,18 @@ class Retention:
 
     Args:
         budget: of pages, anchors, positions, statistics and page tables of all sites of the pool.
-        equal: give every head the same.
-
     Units: bytes.
     """
 
     policy: Policy
     budget: int
-    equal: bool = False
     moved: Moved = field(default_factory=Moved)
     _kappas: weakref.WeakKeyDictionary[Owner, Tensor] = field(default_factory=weakref.WeakKeyDictionary)
     _shares: weakref.WeakKeyDictionary[Owner, Tensor] = field(default_factory=weakref.WeakKeyDictionary)
 
     def anew(self) -> Retention:
         """The same, of a cache about which nothing is known."""
-        return Retention(self.policy, self.budget, self.equal)
+        return Retention(self.policy, self.budget)
 
     def plan(self, pool: Pool, owners: list[Owner]) -> None:
         """Bring ``owners`` within the budget, if enough queries were seen since the last time."""
@@ -70,7 +67,7 @@ class Retention:
         fresh = {owner: observe(owner.state, owner.layout, count, owner.scale) for owner in owners}
         room = self.room(pool)
         each = self._equal(pool, room)
-        if count == MEMORY and owners and not self.equal and not len(self._shares):
+        if count == MEMORY and owners and getattr(self.policy, "shares", False) and not len(self._shares):
             self._share({owner: self._held(owner, fresh[owner]) for owner in owners}, each, count)
         for owner in owners:
             self._retain(pool, owner, self._held(owner, fresh[owner]), self._budget(owner, each))

@@ -165,7 +165,8 @@ class Runner:
         bindings, spec = self.rewritten.bindings, self.spec
         shapes = [_geometry(bindings[i], *pairs[i]) for i in missing]
         nbytes = sum(arena_bytes(bindings[i].layout, g) for i, g in zip(missing, shapes))
-        policy, retention = POLICIES[str(spec.policy)](), None
+        policy = POLICIES[spec.policy]() if isinstance(spec.policy, str) else spec.policy
+        retention = None
         if spec.chooses:
             retention = Retention(policy, parse_bytes(spec.budget or 0, 0))
             nbytes = UNIT  # what is needed is taken, within the budget once queries say what matters

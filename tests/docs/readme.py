@@ -63,6 +63,23 @@ def quality_table() -> str:
     return "\n".join(lines)
 
 
+def budget_table() -> str:
+    """KL under a budget of bytes, from its own record. Units: nats."""
+    from examples.eval.budget import METHODS, RECORD, means
+
+    rows = json.loads(RECORD.read_text())
+    budgets = sorted({row["budget"] for row in rows}, reverse=True)
+    lines = [f"| model | method | {' | '.join(f'{100 * b:g} %' for b in budgets)} |", "|---" * (2 + len(budgets)) + "|"]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        found = means(rows, model)
+        for method in METHODS:
+            if method in found:
+                cells = " | ".join(f"{found[method][b]:.4f}" if b in found[method] else "-" for b in budgets)
+                lines.append(f"| {model} | {method} | {cells} |")
+    documents = ", ".join(dict.fromkeys(row["document"] for row in rows))
+    return "\n".join([*lines, "", f"Documents: {documents}."])
+
+
 def speed_table() -> str:
     """The decode bench's records. Units: milliseconds, MiB."""
     head = ("tokens", "side", "ms/step", "of dense", "compile", "cache MiB", "peak MiB: prefill, first step, decode")
@@ -253,6 +270,7 @@ PARTS: dict[str, Callable[[], str]] = {"idioms": idiom_table, "refusals": refusa
 """From the code alone."""
 MEASURED: dict[str, Callable[[], str]] = {
     "quality": quality_table,
+    "budget": budget_table,
     "speed": speed_table,
     "attention": attention_table,
     "peers": peers_table,

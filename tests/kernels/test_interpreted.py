@@ -364,7 +364,7 @@ def test_a_row_of_kept_tokens_is_not_begun_anew_by_a_step():
 
 
 def test_a_new_span_follows_what_was_kept():
-    """At the widest tier, behind each head's own pages."""
+    """At the widest tier, behind each head's own pages; and the queries are remembered."""
     menu, dim, count = ("K4V4", "K4V2"), 64, SINK + WINDOW + 2 * SPAN - 2
     (ours, layout, *_), (spec, *_) = (kept_of(menu, dim, 2, torch.float32, False, count) for _ in range(2))
     x = tokens(count + 4, dim, 2)
@@ -375,7 +375,8 @@ def test_a_new_span_follows_what_was_kept():
             state.table[b, h, used : used + 2] = torch.tensor([free, free + 100]) + 200 * (b * H + h)
         grown = torch.zeros((free + 1000) * UNIT, dtype=torch.uint8)
         grown[: state.arena.numel()] = state.arena
-        ours, spec = (s._replace(arena=grown) if s is state else s for s in (ours, spec))
+        memory = torch.zeros(B, 2 * H, 128, dim)
+        ours, spec = (s._replace(arena=grown, queries=memory) if s is state else s for s in (ours, spec))
     before = ours.held.clone()
     for t in range(count, count + 4):
         append(spec, layout, *part(x, t, t + 1), t, [0, 0])
@@ -386,6 +387,7 @@ def test_a_new_span_follows_what_was_kept():
             assert torch.equal(a, b)
         else:
             torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+    assert int((ours.queries != 0).any(-1).sum()) == B * 2 * H * 4
     for state in (ours, spec):
         positions = with_positions(state, layout).positions
         new = [sorted(p[p >= SINK + SPAN].tolist())[-SPAN:] for p in positions.flatten(0, 1)]

@@ -1,5 +1,7 @@
 """The matrix that every policy joins."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -46,6 +48,26 @@ def test_with_bytes_for_all_nothing_is_dropped(name):
     view = held()
     plan = POLICIES[name]().plan(view, budget(4 * PRICES[0]))
     assert bool((plan[view.positions >= 0] != DROP).all())
+
+
+@pytest.mark.parametrize(
+    ("name", "worth"),
+    [
+        ("window", lambda view: view.positions.float()),
+        ("heavy_hitter", lambda view: view.mean),
+        ("snapkv", lambda view: torch.nn.functional.avg_pool1d(view.recent.flatten(2), 5, 1, 2).view_as(view.recent)),
+    ],
+)
+def test_what_eviction_keeps(name, worth):
+    """The most worthy tokens, at the tier that they have; bytes for one page of each tier."""
+    view = held(pages=6)
+    share = torch.where(view.positions >= 0, view.mean, 0.0)  # here tokens lie in order, so neighbours are neighbours
+    view = dataclasses.replace(view, mean=share, recent=share, tiers=torch.zeros_like(view.tiers))
+    plan = POLICIES[name]().plan(view, torch.full((2, 3), 2 * PRICES[0]))
+    kept = plan[0, 0] != DROP
+    assert set(plan[0, 0].unique().tolist()) == {0, DROP} and int(kept.sum()) == 16
+    least = worth(view)[0, 0][view.positions[0, 0] >= 0].topk(16).values[-1]
+    assert bool((worth(view)[0, 0][kept] >= 0.99 * least).all())  # tokens that differ by less are equal to the solver
 
 
 def test_keep_all_keeps_every_token_at_its_tier():

@@ -118,6 +118,25 @@ def test_eager_code_may_begin_anew_but_not_read_what_was_dropped():
     torch.testing.assert_close(found, expected)
 
 
+class Even:
+    """A policy of a user's: even positions."""
+
+    def plan(self, held, budget):
+        return torch.where(held.positions % 2 == 0, 1, 255).to(torch.uint8)
+
+
+def test_a_policy_object_of_the_users():
+    model = Model(budget=0.2, policy=Even(), tiers="K8V4,K4V2")
+    cache, ids = model.cache(), model.ids(400)
+    model(cache, ids)
+    owner = owner_of(cache.layers[1].keys)
+    positions = with_positions(owner.state, owner.layout).positions
+    assert int((positions >= 0).sum()) == 2 * 2 * 368 // 2 and not bool((positions[positions >= 0] % 2).any())
+    assert owner.state.held[..., 0].sum() == 0 < owner.state.held[..., 1].sum()
+    with pytest.raises(ValueError, match=r"expected one of keep_all.*object with plan"):
+        sphkv_compile.CacheSpec(budget=0.2, policy=7)
+
+
 def test_tokens_that_get_no_attention_may_go():
     """Of a cache that holds every third token silent, by keys that no query likes, only these are dropped, and the
     attention of the next token does not change."""

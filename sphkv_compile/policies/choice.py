@@ -1,0 +1,51 @@
+"""From what tokens are worth to tiers: the part that policies share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sphkv_compile.policies.base import DROP, Held
+from sphkv_compile.policies.solver import Prices, allocate
+
+
+def choose(held: Held, worth: Tensor, kinds: Tensor, losses: Tensor, budget: Tensor | None, name: str) -> Tensor:
+    """The tier of each token, or the drop, so that the loss is least under every head's budget.
+
+    Args:
+        worth: of each coded token, 0 or more.
+        kinds: which row of ``losses`` a token goes by.
+        losses: of each choice, the drop and then the narrowest tier first, in units of a token's worth.
+        name: of the policy, for the message.
+
+    Shapes: ``worth`` float32[B, H, P, page], ``kinds`` int64[B, H, P, 1 or page], ``losses`` float32[B, H, kinds, tiers
+    + 1], ``budget`` int64[B, H] -> uint8[B, H, P, page].
+
+    Raises:
+        ValueError: no budget, or no prices.
+    """
+    if budget is None or len(held.prices) != len(held.menu):
+        raise ValueError(f"policy {name!r} needs a budget and a price for each of {len(held.menu)} tiers")
+    b, h, _, page = held.positions.shape
+    choices, there = len(held.menu), held.positions >= 0
+    # by position, so that of equal tokens the older stays wherever it lies
+    order = torch.where(there, held.positions, torch.iinfo(torch.int32).max).flatten(2).argsort(-1)
+    sorted_worth, sorted_kinds = (
+        x.flatten(2).gather(-1, order).flatten(0, 1)
+        for x in (torch.where(there, worth, -1.0), kinds.expand_as(held.positions))
+    )
+    prices = Prices((0, *reversed(held.prices)), page)
+    chosen = allocate(sorted_worth, sorted_kinds, losses.flatten(0, 1), prices, budget.flatten())
+    tier = torch.where(chosen == 0, DROP, choices - chosen).to(torch.uint8).view(b, h, -1)
+    return torch.empty_like(tier).scatter_(-1, order, tier).view(held.positions.shape)
+
+
+def evict(held: Held, worth: Tensor, budget: Tensor | None, name: str) -> Tensor:
+    """The most worthy tokens as they are coded, nothing of the others: shapes and errors as for :func:`choose`."""
+    choices = len(held.menu)
+    losses = torch.full((choices, choices + 1), torch.inf, device=worth.device)
+    losses[:, 0] = 1
+    own = torch.arange(choices, device=worth.device)
+    losses[own, choices - own] = 0
+    losses = losses.expand(*held.tiers.shape[:2], -1, -1)
+    return choose(held, worth, held.tiers.long().unsqueeze(-1), losses, budget, name)
