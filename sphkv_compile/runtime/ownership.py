@@ -80,6 +80,8 @@ class Owner:
         self.imports += 1
         self.pool.tokens_left = -1  # the next step plans
         self.pool.queries = 0  # those of these tokens nobody saw
+        if base is None and self.pool.retention is not None:
+            self.pool.retention.begin()
 
     def _keep_unchanged(self, k: Tensor, v: Tensor, length: int) -> int | None:
         """Cut the state back to the leading tokens whose codes still say what the dense cache says.

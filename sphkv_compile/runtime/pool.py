@@ -85,7 +85,7 @@ class Pool:
         owners = [owner for owner in self.members if owner.holds_codes]
         for owner in owners:
             check_rows(owner.state)
-            if not owner.layout.kept:
+            if self.retention is None:
                 self._forget(owner)
         if self.retention is not None:
             self.retention.plan(self, [owner for owner in owners if owner.layout.kept])
@@ -100,12 +100,15 @@ class Pool:
             self.fit(lambda: reserve(owner.state, owner.layout, owner.geometry, self.arena, tokens))  # noqa: B023
 
     def fit(self, take: Callable[[], T]) -> T:
-        """``take`` pages; where they would fit but for holes between others, once these are closed."""
-        try:
-            return take()
-        except ArenaFull:
-            self.resize(self.arena.nbytes)
-            return take()
+        """``take`` pages; where they would fit but for holes between others, once these are closed, and where whole
+        pages do not even so, in a larger arena, which the plan makes smaller again."""
+        nbytes = self.arena.nbytes
+        while True:
+            try:
+                return take()
+            except ArenaFull:
+                self.resize(nbytes)
+                nbytes += nbytes // 8 + UNIT
 
     def _forget(self, owner: Owner) -> None:
         """What the policy drops of an owner whose pages hold the tokens that their place says."""
@@ -119,7 +122,8 @@ class Pool:
 
     @torch.inference_mode(False)
     def resize(self, nbytes: int) -> None:
-        """An arena of ``nbytes``, or of what is used if that is more, in which pages lie without holes."""
+        """An arena of ``nbytes``, or of what is used if that is more, in which pages lie without holes. One of the same
+        size stays where it is, so that a captured graph finds it."""
         arena = Arena(max(nbytes, self.arena.used), self.arena.data.device)
         old, new = self.arena.data.view(-1, UNIT), arena.data.view(-1, UNIT)
         members = self.members
@@ -133,6 +137,10 @@ class Pool:
                 now = first + torch.arange(was.numel(), device=was.device) * (size // UNIT)
                 new[now.unsqueeze(-1) + units] = old[was.unsqueeze(-1) + units]
                 table[here] = now.to(table.dtype)
+        if arena.nbytes == self.arena.nbytes:
+            self.arena.data.copy_(arena.data)
+            arena.data, self.arena = self.arena.data, arena
+            return
         self.arena = arena
         for owner in members:
             owner.state = owner.state._replace(arena=arena.data)

@@ -43,6 +43,7 @@ class Retention:
 
     Args:
         budget: of pages, anchors, positions, statistics and page tables of all sites of the pool.
+
     Units: bytes.
     """
 
@@ -55,6 +56,11 @@ class Retention:
     def anew(self) -> Retention:
         """The same, of a cache about which nothing is known."""
         return Retention(self.policy, self.budget)
+
+    def begin(self) -> None:
+        """Another prompt: heads may lose otherwise."""
+        self._shares.clear()
+        self._kappas.clear()
 
     def plan(self, pool: Pool, owners: list[Owner]) -> None:
         """Bring ``owners`` within the budget, if enough queries were seen since the last time."""

@@ -71,6 +71,20 @@ def test_resident_bytes_stay_within_the_budget_at_every_step(share):
     assert used == sum(site.pages for site in held.sites)
 
 
+def test_sliding_layers_beside_a_budget():
+    """Their windows are nobody's to choose from, and come on top of the budget."""
+    model = Model("gemma3", budget=0.1)
+    cache, ids = model.cache(), model.ids(460)
+    model(cache, ids[:, :400])
+    for t in range(400, 460):
+        logits = model(cache, ids[:, t : t + 1])
+    held = sphkv_compile.report(cache)
+    assert held.dropped_tokens > 0 and held.budgeted_bytes <= held.budget
+    kept = [site.kept for site in held.sites]
+    assert any(kept) and not all(kept) and held.matched == len(kept)
+    assert not bool(logits.isnan().any())
+
+
 def test_a_budget_for_all_keeps_all():
     """Where the widest tier fits as a whole, nothing is chosen, and no token pays for being a choice."""
     model = Model(budget=0.9)
