@@ -89,7 +89,8 @@ class Document:
         """Units: bytes per token and kv head; nats per token."""
         torch._dynamo.reset()
         cache = self.cache()
-        growing = [layer.keys for layer in cache.layers if not hasattr(layer, "sliding_window")]
+        longest = max(layer.keys.shape[2] for layer in cache.layers)
+        growing = [layer.keys for layer in cache.layers if layer.keys.shape[2] == longest]  # the others are windows
         tokens = sum(k.shape[1] for k in growing) * PROMPT
         limit = int(budget * tokens * 4 * growing[0].shape[-1])
         options = {"inductor": False, "budget": limit, "window": WINDOW, **options}

@@ -24,6 +24,14 @@ def test_more_bytes_lose_less(document):
         assert 0.6 < row["total_bytes_per_token"] / (4 * document.model.config.head_dim * share) <= 1
 
 
+def test_sliding_windows_are_not_counted(document):
+    gemma = budget.Document(tiny("gemma3", head_dim=64), document.ids)
+    full = [layer for layer in gemma.cache().layers if layer.keys.shape[2] > 600]
+    assert 0 < len(full) < len(gemma.cache().layers)
+    row = gemma.score(0.15, budget.METHODS["rdr"])
+    assert 0.6 < row["total_bytes_per_token"] / (4 * 64 * 0.15) <= 1
+
+
 def test_methods_differ(document):
     scores = {name: document.score(0.15, options)["kl"] for name, options in budget.METHODS.items()}
     assert len({round(kl, 9) for kl in scores.values()}) == len(scores), scores
