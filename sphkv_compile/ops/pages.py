@@ -131,8 +131,10 @@ def pages_in_use(state: State) -> Tensor:
 
 
 def read_statistics(state: State, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Mean and running attention of kept tokens, and what lies in slots that hold none. Shapes: -> float32[B, H, P,
-    page] twice."""
+    """Mean and running attention of kept tokens, and whatever lies in slots that hold none.
+
+    Shapes: -> float32[B, H, P, page] twice.
+    """
     words = state.arena.view(torch.int32)[_where(state, layout, "statistics", 4)]
     mean, recent = words.unsqueeze(-1).view(torch.bfloat16).float().unbind(-1)
     return mean, recent

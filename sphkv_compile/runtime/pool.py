@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -97,7 +98,10 @@ class Pool:
         if self.arena.used + need > self.arena.nbytes:
             self.resize(self.arena.used + need)
         for owner, tokens in wanted:
-            self.fit(lambda: reserve(owner.state, owner.layout, owner.geometry, self.arena, tokens))  # noqa: B023
+            self.fit(partial(self._reserve, owner, tokens))
+
+    def _reserve(self, owner: Owner, tokens: int) -> None:
+        reserve(owner.state, owner.layout, owner.geometry, self.arena, tokens)
 
     def fit(self, take: Callable[[], T]) -> T:
         """``take`` pages; where they would fit but for holes between others, once these are closed, and where whole
