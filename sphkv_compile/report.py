@@ -163,11 +163,11 @@ def report(obj: Any) -> Report:
         sum(p.arena.nbytes for p in pools),
         dense,
         sum(p.plans for p in pools),
-        sum(p.freed_pages for p in pools) + sum(r.moved.freed_pages for r in retentions),
+        sum(p.freed_pages for p in pools) + sum(r.done.freed_pages for r in retentions),
         sum(r.budget for r in retentions) if retentions else None,
         sum(p.retention.aside(p) for p in pools if p.retention is not None),
-        sum(r.moved.dropped for r in retentions),
-        sum(r.moved.demoted for r in retentions),
+        sum(r.done.dropped for r in retentions),
+        sum(r.done.demoted for r in retentions),
     )
 
 

@@ -28,8 +28,7 @@ def choose(held: Held, worth: Tensor, kinds: Tensor, losses: Tensor, budget: Ten
         raise ValueError(f"policy {name!r} needs a budget and a price for each of {len(held.menu)} tiers")
     b, h, _, page = held.positions.shape
     choices, there = len(held.menu), held.positions >= 0
-    # by position, so that of equal tokens the older stays wherever it lies
-    order = torch.where(there, held.positions, torch.iinfo(torch.int32).max).flatten(2).argsort(-1)
+    order = by_position(held)  # so that of equal tokens the older stays wherever it lies
     sorted_worth, sorted_kinds = (
         x.flatten(2).gather(-1, order).flatten(0, 1)
         for x in (torch.where(there, worth, -1.0), kinds.expand_as(held.positions))
@@ -38,6 +37,12 @@ def choose(held: Held, worth: Tensor, kinds: Tensor, losses: Tensor, budget: Ten
     chosen = allocate(sorted_worth, sorted_kinds, losses.flatten(0, 1), prices, budget.flatten())
     tier = torch.where(chosen == 0, DROP, choices - chosen).to(torch.uint8).view(b, h, -1)
     return torch.empty_like(tier).scatter_(-1, order, tier).view(held.positions.shape)
+
+
+def by_position(held: Held) -> Tensor:
+    """Which slot holds each token, the oldest first, empty slots last. Shapes: -> int64[B, H, P * page]."""
+    none = torch.iinfo(torch.int32).max
+    return torch.where(held.positions >= 0, held.positions, none).flatten(2).argsort(-1)
 
 
 def evict(held: Held, worth: Tensor, budget: Tensor | None, name: str) -> Tensor:

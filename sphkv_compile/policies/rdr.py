@@ -26,8 +26,8 @@ YOUTH = 64
 """Tokens that are added to an age, whose reciprocal is the prior."""
 NOISE = 1.0
 """What noise counts against a loss of the same size. Drops add up where noise does not, but what a drop moves is shared
-out again among the tokens that stay. Measured on this package's pages, 2,048 tokens and 256 after them, KL at 12.5 and
-6.25 % of bfloat16's bytes: SmolLM2 .0031 and .0124 (.0060 and .0117 at .3, .0023 and .0099 at 2), Gemma3 .0163 and
+out again among the tokens that stay. Between two models, measured once on one document (the manual; 2,048 tokens, 256
+after), KL at 12.5 and 6.25 % of bfloat16's bytes: SmolLM2 .0031 and .0124 (.0023 and .0099 at 2), Gemma3 .0163 and
 .0479 (.0131 and .0472 at .3)."""
 MOST = 0.98
 """Of a token's worth, what the coarsest codes lose."""

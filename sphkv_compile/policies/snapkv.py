@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sphkv_compile.policies.base import Held, Policy
-from sphkv_compile.policies.choice import evict
+from sphkv_compile.policies.choice import by_position, evict
 
 KERNEL = 5
 """Tokens over which attention is averaged."""
@@ -24,9 +24,8 @@ class SnapKV(Policy):
         """Shapes: -> uint8[B, H, P, page]. Raises: ValueError: no budget, no prices, or no statistics."""
         if held.recent is None:
             raise ValueError(f"policy {self.name!r} needs the recent attention of each token")
-        there = (held.positions >= 0).flatten(2)
-        order = torch.where(there, held.positions.flatten(2), torch.iinfo(torch.int32).max).argsort(-1)
-        paid = torch.where(there, held.recent.flatten(2), 0.0).gather(-1, order)
+        order = by_position(held)
+        paid = torch.where(held.positions >= 0, held.recent, 0.0).flatten(2).gather(-1, order)
         paid = F.avg_pool1d(paid, KERNEL, stride=1, padding=KERNEL // 2)
         worth = torch.empty_like(paid).scatter_(-1, order, paid)
         return evict(held, worth.view(held.positions.shape), budget, self.name)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
+
 from sphkv_compile.runtime.pool import arena_bytes, page_bytes
 from sphkv_compile.spec import CacheSpec, Tier, parse_bytes
 from sphkv_compile.storage.layout import Layout
-from sphkv_compile.storage.state import Geometry
+from sphkv_compile.storage.state import Geometry, empty_state
 
 WIDEST_FIRST = tuple(map(Tier.parse, ("K16V16", "K8V8", "K8V4", "K4V4", "K4V3", "K4V2", "K3V2", "K2V2")))
 """Tiers that a budget may choose for all tokens. Keys get the bits before values do (measured: CODEC)."""
@@ -72,14 +74,8 @@ def least_bytes(spec: CacheSpec, sites: list[Geometry]) -> int:
 
 
 def table_bytes(layout: Layout, g: Geometry) -> int:
-    """Bytes beside the pages that grow with the capacity, as the state has them."""
-    spans = layout.spans(g.capacity, g.rolling)
-    pages = spans * layout.pages_per_span
-    beside = pages * (4 + 1 + 4 * layout.page)
-    if layout.kept:
-        pages += len(layout.tiers)
-        beside = pages * (4 + 1) + 4 * len(layout.tiers)
-    return g.batch * g.heads * (beside + spans * (g.k_dim + 4))
+    """Bytes beside the pages that grow with the capacity."""
+    return empty_state(layout, g, torch.empty(0, dtype=torch.uint8, device="meta")).table_bytes
 
 
 def _rolling(sites: list[Geometry]) -> list[Geometry]:

@@ -19,7 +19,7 @@ from sphkv_compile.policies import DROP, Held, Policy
 from sphkv_compile.policies.shares import GRID, shares
 from sphkv_compile.runtime.certificate import kappa
 from sphkv_compile.runtime.pool import Pool, arena_bytes, page_bytes
-from sphkv_compile.runtime.retain import rearrange
+from sphkv_compile.runtime.retain import Done, rearrange
 from sphkv_compile.storage.layout import MEMORY, UNIT
 from sphkv_compile.storage.state import LENGTH
 
@@ -27,14 +27,7 @@ if TYPE_CHECKING:
     from sphkv_compile.runtime.ownership import Owner
 
 
-@dataclass
-class Moved:
-    """What plans have done so far. Units: tokens of a kv head, pages."""
-
-    dropped: int = 0
-    demoted: int = 0
-    moved: int = 0
-    freed_pages: int = 0
+NOTHING = Done(0, 0, 0, 0, 0)
 
 
 @dataclass
@@ -43,13 +36,14 @@ class Retention:
 
     Args:
         budget: of pages, anchors, positions, statistics and page tables of all sites of the pool.
+        done: by all plans so far.
 
     Units: bytes.
     """
 
     policy: Policy
     budget: int
-    moved: Moved = field(default_factory=Moved)
+    done: Done = NOTHING
     _kappas: weakref.WeakKeyDictionary[Owner, Tensor] = field(default_factory=weakref.WeakKeyDictionary)
     _shares: weakref.WeakKeyDictionary[Owner, Tensor] = field(default_factory=weakref.WeakKeyDictionary)
 
@@ -129,9 +123,10 @@ class Retention:
             state, layout, g = owner.state, owner.layout, owner.geometry
             end = int(state.rows[:, LENGTH].max())
             choice = self.policy.plan(known, self._budget(owner, each))
-            price = torch.tensor([*known.prices, *[0] * (256 - len(known.prices))], device=choice.device) / layout.page
+            price = torch.tensor(known.prices, device=choice.device) / layout.page
             stays = (choice != DROP) & (known.positions >= 0)
-            mean_price = (price[choice.long()] * stays).sum((2, 3)) / stays.sum((2, 3)).clamp(min=1)
+            paid = torch.where(stays, price[torch.where(stays, choice, 0).long()], 0.0)
+            mean_price = paid.sum((2, 3)) / stays.sum((2, 3)).clamp(min=1)
             bought = each[owner] * torch.tensor(GRID, device=price.device) / mean_price.clamp(min=1e-3).unsqueeze(-1)
             found = realised_losses(
                 state, layout, mean_worth(owner, newest_queries(state, end - count, end - half), end - count),
@@ -147,10 +142,7 @@ class Retention:
     def _retain(self, pool: Pool, owner: Owner, held: Held, budget: Tensor) -> None:
         choice = self.policy.plan(held, budget)
         done = pool.fit(lambda: rearrange(owner.state, owner.layout, owner.geometry, pool.arena, choice))
-        self.moved.dropped += done.dropped
-        self.moved.demoted += done.demoted
-        self.moved.moved += done.moved
-        self.moved.freed_pages += done.freed_pages
+        self.done = Done(*map(sum, zip(self.done, done)))
 
 
 def mean_worth(owner: Owner, queries: Tensor, first: int) -> Tensor:
