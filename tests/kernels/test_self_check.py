@@ -28,6 +28,10 @@ def test_sound_kernels_pass(tier):
     run(replace(LAYOUT, tiers=(tier,)))
 
 
+def test_sound_kernels_pass_over_pages_of_kept_tokens():
+    run(replace(LAYOUT, tiers=(Tier(8, 4), Tier(4, 4), Tier(4, 2)), kept=True))
+
+
 def test_a_wrong_answer_is_refused(monkeypatch):
     attend = launch.attend
     monkeypatch.setattr(launch, "attend", lambda *arguments: attend(*arguments).roll(1, -1))
