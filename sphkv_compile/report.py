@@ -163,7 +163,7 @@ def report(obj: Any) -> Report:
         sum(p.arena.nbytes for p in pools),
         dense,
         sum(p.plans for p in pools),
-        sum(p.freed_pages for p in pools) + sum(r.done.freed_pages for r in retentions),
+        sum(r.done.freed_pages for r in retentions),
         sum(r.budget for r in retentions) if retentions else None,
         sum(p.retention.aside(p) for p in pools if p.retention is not None),
         sum(r.done.dropped for r in retentions),

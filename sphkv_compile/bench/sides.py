@@ -20,7 +20,6 @@ from sphkv_compile.bench.loop import Loop, attentions, caches
 from sphkv_compile.integrations.transformers import cache_keyword
 from sphkv_compile.ops.append import append
 from sphkv_compile.ops.decode import packing
-from sphkv_compile.policies import KeepAll
 from sphkv_compile.report import Report, report
 from sphkv_compile.runtime.ownership import Owner
 from sphkv_compile.runtime.pool import Pool, arena_bytes, reserve
@@ -222,7 +221,7 @@ class Ours(Transformers):
         tokens = self.job.start if tokens is None else tokens
         layout, g, spec = self.layout, self.geometry, self.spec
         cache = empty(self.job, self.model)
-        pool = Pool(len(cache.layers) * arena_bytes(layout, g), KeepAll(), spec.plan_every, self.job.where)
+        pool = Pool(len(cache.layers) * arena_bytes(layout, g), spec.plan_every, self.job.where)
         for i, layer in enumerate(cache.layers):
             begin(layer, self.job, g)
             fill(layer.keys, layer.values, tokens, seed=i)

@@ -26,7 +26,7 @@ from sphkv_compile.ops import schema
 from sphkv_compile.ops.append import append
 from sphkv_compile.ops.pages import with_positions
 from sphkv_compile.ops.read import dense
-from sphkv_compile.runtime.pool import CHANGES, Pool
+from sphkv_compile.runtime.pool import CHANGES, Pool, give_back
 from sphkv_compile.storage.layout import Layout
 from sphkv_compile.storage.state import BASE, FAULT, FROZEN, LENGTH, SPANS, START, Geometry, empty_state
 
@@ -74,7 +74,7 @@ class Owner:
             column = first - (base or 0)
             if column < length:
                 k_new, v_new = k[:, :, column:length], v[:, :, column:length]
-                self.pool.reserve([(self, length - column)])
+                self.pool.reserve([self], length - column)
                 known = [max(s, 0) for s in self.state.rows[:, START].tolist()]
                 append(self.state, self.layout, None, k_new, v_new, first, starts or known)
         self.imports += 1
@@ -209,10 +209,8 @@ def _fill(t: Tensor, content: Tensor) -> None:
 
 def _give_back(pool: Pool, table: Tensor, tiers: Tensor, layout: Layout, g: Geometry) -> None:
     with _plain(), _disable_current_modes():  # the garbage collector may come by while a graph is being traced
-        pages = list(zip(table.flatten().tolist(), tiers.flatten().tolist()))
-    for offset, tier in pages:
-        if offset >= 0:
-            pool.arena.give(offset, layout.page_bytes(layout.tiers[tier], g.k_dim, g.v_dim, g.itemsize))
+        there = table >= 0
+        give_back(table[there], tiers[there], layout, g, pool.arena)
 
 
 _T = torch.Tensor

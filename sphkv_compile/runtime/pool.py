@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sphkv_compile.ops.pages import pages_in_use
-from sphkv_compile.policies import DROP, Held, Policy
+from sphkv_compile.runtime.sites import TABLES, counters, stacked, together
 from sphkv_compile.storage.arena import Arena, ArenaFull
 from sphkv_compile.storage.layout import UNIT, Layout
 from sphkv_compile.storage.state import FAULT, FROZEN, LENGTH, SPANS, START, Geometry, State
@@ -39,25 +39,19 @@ class Pool:
         retention: what a budget makes of caches that may drop tokens; None: all tokens stay as they were coded.
     """
 
-    def __init__(
-        self, nbytes: int, policy: Policy, plan_every: int, device: torch.device, retention: Retention | None = None
-    ):
+    def __init__(self, nbytes: int, plan_every: int, device: torch.device, retention: Retention | None = None):
         self.arena = Arena(nbytes, device)
-        self.policy, self.plan_every, self.retention = policy, plan_every, retention
+        self.plan_every, self.retention = plan_every, retention
         self.owners: weakref.WeakSet[Owner] = weakref.WeakSet()
         self.tokens_left = self.queries = 0
-        self.plans = self.freed_pages = 0
+        self.plans = 0
 
     @torch.inference_mode(False)
     def __deepcopy__(self, memo: dict[int, Any]) -> Pool:
         """The same pages at the same offsets, without owners: who is copied joins."""
         twin = copy.copy(self)
         memo[id(self)] = twin
-        twin.arena, twin.policy, twin.owners = (
-            copy.deepcopy(self.arena, memo),
-            copy.deepcopy(self.policy),
-            weakref.WeakSet(),
-        )
+        twin.arena, twin.owners = copy.deepcopy(self.arena, memo), weakref.WeakSet()
         if self.retention is not None:
             twin.retention = self.retention.anew()
         return twin
@@ -84,24 +78,29 @@ class Pool:
         self.plans += 1
         self.tokens_left = self.plan_every
         owners = [owner for owner in self.members if owner.holds_codes]
-        for owner in owners:
-            check_rows(owner.state)
-            if self.retention is None:
-                self._forget(owner)
+        if owners:
+            check_rows(counters(owners, FROZEN))
         if self.retention is not None:
             self.retention.plan(self, [owner for owner in owners if owner.layout.kept])
-        self.reserve([(owner, tokens + self.plan_every) for owner in owners])
+        self.reserve(owners, tokens + self.plan_every)
 
-    def reserve(self, wanted: list[tuple[Owner, int]]) -> None:
-        """Give a page to every slot that so many more tokens of each owner can fill, in a larger arena if need be."""
-        need = sum(missing_bytes(owner, tokens) for owner, tokens in wanted)
+    def reserve(self, owners: list[Owner], tokens: int) -> None:
+        """Give a page to every slot that so many more tokens can fill, in a larger arena if need be."""
+        groups = together(owners)
+        need = 0
+        for group in groups:
+            sites = stacked(group, (*TABLES, "rows"))
+            count = int(missing(sites.state, sites.layout, tokens).sum())
+            need += count * page_bytes(sites.layout, sites.geometry)
         if self.arena.used + need > self.arena.nbytes:
             self.resize(self.arena.used + need)
-        for owner, tokens in wanted:
-            self.fit(partial(self._reserve, owner, tokens))
+        for group in groups:
+            self.fit(partial(self._reserve, group, tokens))
 
-    def _reserve(self, owner: Owner, tokens: int) -> None:
-        reserve(owner.state, owner.layout, owner.geometry, self.arena, tokens)
+    def _reserve(self, owners: list[Owner], tokens: int) -> None:
+        sites = stacked(owners, (*TABLES, "rows"))
+        reserve(sites.state, sites.layout, sites.geometry, self.arena, tokens)
+        sites.write_tables()
 
     def fit(self, take: Callable[[], T]) -> T:
         """``take`` pages; where they would fit but for holes between others, once these are closed, and where whole
@@ -114,16 +113,6 @@ class Pool:
                 self.resize(nbytes)
                 nbytes += nbytes // 8 + UNIT
 
-    def _forget(self, owner: Owner) -> None:
-        """What the policy drops of an owner whose pages hold the tokens that their place says."""
-        state = owner.state
-        held = Held(state.positions, state.tiers, state.rows[:, LENGTH], owner.layout.tiers)
-        tiers = self.policy.plan(held, None)
-        drop = (tiers == DROP) & (state.positions >= 0)
-        if bool(drop.any()):
-            state.positions.masked_fill_(drop, -1)
-            self.freed_pages += release_empty(state, owner.layout, owner.geometry, self.arena)
-
     @torch.inference_mode(False)
     def resize(self, nbytes: int) -> None:
         """An arena of ``nbytes``, or of what is used if that is more, in which pages lie without holes. One of the same
@@ -131,16 +120,18 @@ class Pool:
         arena = Arena(max(nbytes, self.arena.used), self.arena.data.device)
         old, new = self.arena.data.view(-1, UNIT), arena.data.view(-1, UNIT)
         members = self.members
-        for owner in members:
-            table, tiers = owner.state.table, owner.state.tiers
+        for group in together(members):
+            sites = stacked(group, TABLES)
+            table, tiers = sites.state.table, sites.state.tiers
             there = table >= 0
-            for index in range(len(owner.layout.tiers)):
-                here, size = there & (tiers == index), page_bytes(owner.layout, owner.geometry, index)
+            for index in range(len(sites.layout.tiers)):
+                here, size = there & (tiers == index), page_bytes(sites.layout, sites.geometry, index)
                 was = table[here].long()
                 first, units = arena.take_run(size, was.numel()), torch.arange(size // UNIT, device=was.device)
                 now = first + torch.arange(was.numel(), device=was.device) * (size // UNIT)
                 new[now.unsqueeze(-1) + units] = old[was.unsqueeze(-1) + units]
                 table[here] = now.to(table.dtype)
+            sites.write_tables()
         if arena.nbytes == self.arena.nbytes:
             self.arena.data.copy_(arena.data)
             arena.data, self.arena = self.arena.data, arena
@@ -151,9 +142,9 @@ class Pool:
         CHANGES[0] += 1
 
 
-def check_rows(state: State) -> None:
+def check_rows(frozen: Tensor) -> None:
     """Raises: RuntimeError: a step on a GPU was told to write into codes, and left the row as it was."""
-    if bool((state.rows[:, FROZEN] == FAULT).any()):
+    if bool((frozen == FAULT).any()):
         raise RuntimeError(
             "sphkv: a decode step on the GPU wrote at a position that is coded already, which only eager code can "
             "undo; its row has given not-a-number since. Crop the cache in eager code (cache.crop) before going on."
@@ -179,13 +170,18 @@ def reserve(state: State, layout: Layout, g: Geometry, arena: Arena, tokens: int
     """
     if layout.kept:
         behind = ~pages_in_use(state) & (state.table >= 0) & (state.tiers > 0)
-        for offset, tier in zip(state.table[behind].tolist(), state.tiers[behind].tolist()):
-            arena.give(offset, page_bytes(layout, g, tier))
+        give_back(state.table[behind], state.tiers[behind], layout, g, arena)
         state.table[behind], state.tiers[behind] = -1, 0
     empty = missing(state, layout, tokens)
-    with arena.all_or_nothing():
-        offsets = [arena.take(page_bytes(layout, g)) for _ in range(int(empty.sum()))]
+    offsets = arena.take(page_bytes(layout, g), int(empty.sum()))
     state.table[empty] = torch.tensor(offsets, dtype=torch.int32, device=state.table.device)
+
+
+def give_back(offsets: Tensor, tiers: Tensor, layout: Layout, g: Geometry, arena: Arena) -> None:
+    """Return pages, each of its tier. Shapes: int32[n], uint8[n]."""
+    pairs = list(zip(offsets.tolist(), tiers.tolist()))
+    for tier in range(len(layout.tiers)):
+        arena.give([offset for offset, own in pairs if own == tier], page_bytes(layout, g, tier))
 
 
 def missing(state: State, layout: Layout, tokens: int) -> Tensor:
@@ -203,26 +199,3 @@ def missing(state: State, layout: Layout, tokens: int) -> Tensor:
         lap = (place // layout.pages_per_span - spans.view(-1, 1, 1)) % max(1, total)
         ahead = lap < (end - spans).view(-1, 1, 1)
     return ahead & (state.table < 0)
-
-
-def missing_bytes(owner: Owner, tokens: int) -> int:
-    """Bytes of those pages."""
-    state, layout = owner.state, owner.layout
-    return int(missing(state, layout, tokens).sum()) * page_bytes(layout, owner.geometry)
-
-
-def release_empty(state: State, layout: Layout, g: Geometry, arena: Arena) -> int:
-    """Return pages that hold no token any more; returns how many."""
-    empty = (state.table >= 0) & (state.positions < 0).all(-1)
-    coded = torch.arange(state.table.shape[2], device=state.table.device) < _coded_pages(state, layout)
-    gone = (empty & coded).nonzero().tolist()
-    for row, head, page in gone:
-        arena.give(int(state.table[row, head, page]), page_bytes(layout, g, int(state.tiers[row, head, page])))
-        state.table[row, head, page] = -1
-    return len(gone)
-
-
-def _coded_pages(state: State, layout: Layout) -> Tensor:
-    """Pages of spans that were encoded already; those reserved ahead are empty too, and stay."""
-    live = torch.where(state.rows[:, START] >= 0, state.rows[:, SPANS], 0)
-    return (live * layout.pages_per_span).view(-1, 1, 1)

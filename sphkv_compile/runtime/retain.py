@@ -15,6 +15,7 @@ from torch import Tensor
 from sphkv_compile.ops.moves import check_moves, move
 from sphkv_compile.ops.pages import with_positions
 from sphkv_compile.policies import DROP
+from sphkv_compile.runtime.pool import give_back, page_bytes
 from sphkv_compile.storage.arena import Arena
 from sphkv_compile.storage.layout import Layout
 from sphkv_compile.storage.moves import Moves
@@ -50,8 +51,8 @@ def rearrange(state: State, layout: Layout, g: Geometry, arena: Arena, choice: T
     heads, slots = g.batch * g.heads, state.table.shape[2]
     positions = with_positions(state, layout).positions.view(heads, slots, layout.page)
     used = state.held.sum(-1).view(heads, 1)
-    tier = state.tiers.view(heads, slots).long()
-    wanted = torch.where(positions >= 0, choice.view(heads, slots, layout.page).long(), DROP)
+    tier = state.tiers.view(heads, slots)
+    wanted = torch.where(positions >= 0, choice.view(heads, slots, layout.page), DROP)
     if bool((wanted < tier.unsqueeze(-1)).any()):
         raise ValueError("a token of a narrow tier was to become wider; a policy may keep a tier, lower it, or drop")
 
@@ -62,11 +63,12 @@ def rearrange(state: State, layout: Layout, g: Geometry, arena: Arena, choice: T
     whole = in_use & (kept == layout.page)
     single = _single(in_use & (kept == count) & (count > 0) & ~whole, wanted, whole, tier, len(layout.tiers))
     whole = whole | single
-    done = (int((there & (wanted == DROP)).sum()), int((there & ~stays & (wanted != DROP)).sum()))
+    goes = there & (wanted == DROP)
+    dropped, demoted = torch.stack([goes.sum(), (there & ~stays & ~goes).sum()]).tolist()
 
-    packed = there & (wanted != DROP) & ~whole.unsqueeze(-1)
+    packed = there & ~goes & ~whole.unsqueeze(-1)
     head, slot, inside = packed.nonzero(as_tuple=True)
-    to = wanted[head, slot, inside]
+    to = wanted[head, slot, inside].long()
     # by tier, then head, then position
     order = ((to * heads + head) << 32 | positions[head, slot, inside]).argsort()
     head, slot, inside, to = (x[order] for x in (head, slot, inside, to))
@@ -74,23 +76,21 @@ def rearrange(state: State, layout: Layout, g: Geometry, arena: Arena, choice: T
     target, owner = of // heads, of % heads
 
     old = in_use & ~whole
-    sizes = [layout.page_bytes(t, g.k_dim, g.v_dim, g.itemsize) for t in layout.tiers]
+    given, counts = state.table.view(heads, slots)[old], torch.bincount(target, minlength=len(layout.tiers)).tolist()
     with arena.all_or_nothing():
-        for offset, index in zip(state.table.view(heads, slots)[old].tolist(), tier[old].tolist()):
-            arena.give(offset, sizes[index])
-        taken = [arena.take(sizes[t]) for t in target.tolist()]
+        give_back(given, tier[old], layout, g, arena)
+        taken = [o for index, count in enumerate(counts) for o in arena.take(page_bytes(layout, g, index), count)]
     offsets = torch.tensor(taken, dtype=torch.int32, device=used.device)
 
     shape = (target.shape[0], layout.page)
     sources = torch.full(shape, -1, dtype=torch.int32, device=used.device)
     sources[page, within] = state.table.view(heads, slots)[head, slot]
     tiers, places = (torch.zeros(shape, dtype=torch.uint8, device=used.device) for _ in range(2))
-    tiers[page, within], places[page, within] = tier[head, slot].to(torch.uint8), inside.to(torch.uint8)
-    counts = tuple(torch.bincount(target, minlength=len(layout.tiers)).tolist())
+    tiers[page, within], places[page, within] = tier[head, slot], inside.to(torch.uint8)
     owners = torch.stack([owner // g.heads, owner % g.heads], 1).int()
-    move(state, layout, Moves(counts, offsets, owners, sources, tiers, places))
+    move(state, layout, Moves(tuple(counts), offsets, owners, sources, tiers, places))
     _tables(state, layout, whole, in_use, offsets, owner, target)
-    return Done(*done, int(packed.sum()), int(old.sum()), target.shape[0])
+    return Done(dropped, demoted, head.shape[0], given.shape[0], target.shape[0])
 
 
 def _single(alone: Tensor, wanted: Tensor, whole: Tensor, tier: Tensor, menu: int) -> Tensor:

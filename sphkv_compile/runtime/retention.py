@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sphkv_compile.ops.pages import pages_in_use, read_statistics, value_lengths, with_positions
+from sphkv_compile.ops.pages import read_statistics, value_lengths, with_positions
 from sphkv_compile.ops.statistics import mean_attention, newest_queries, observe, realised_losses
 from sphkv_compile.policies import DROP, Held, Policy
 from sphkv_compile.policies.shares import GRID, shares
 from sphkv_compile.runtime.certificate import kappa
 from sphkv_compile.runtime.pool import Pool, arena_bytes, page_bytes
 from sphkv_compile.runtime.retain import Done, rearrange
+from sphkv_compile.runtime.sites import Sites, counters, stacked, together
 from sphkv_compile.storage.layout import MEMORY, UNIT
 from sphkv_compile.storage.state import LENGTH
 
@@ -58,19 +59,18 @@ class Retention:
 
     def plan(self, pool: Pool, owners: list[Owner]) -> None:
         """Bring ``owners`` within the budget, if enough queries were seen since the last time."""
-        length = max((int(owner.state.rows[:, LENGTH].max()) for owner in owners), default=0)
+        length = int(counters(owners, LENGTH).max()) if owners else 0
         count = min(pool.queries, MEMORY, length)
         if not count or count < min(MEMORY, pool.plan_every, length):
             return
         pool.queries = 0
-        owners = [owner for owner in owners if bool(pages_in_use(owner.state).any())]
-        fresh = {owner: observe(owner.state, owner.layout, count, owner.scale) for owner in owners}
         room = self.room(pool)
         each = self._equal(pool, room)
-        if count == MEMORY and owners and getattr(self.policy, "shares", False) and not len(self._shares):
-            self._share({owner: self._held(owner, fresh[owner]) for owner in owners}, each, count)
-        for owner in owners:
-            self._retain(pool, owner, self._held(owner, fresh[owner]), self._budget(owner, each))
+        groups = [(group, self._observe(group, count)) for group in together(owners)]
+        if count == MEMORY and getattr(self.policy, "shares", False) and not len(self._shares):
+            self._share(groups, each, count)
+        for group, fresh in groups:
+            self._retain(pool, group, fresh, each[group[0]])
         limit = room + self.aside(pool)
         if pool.arena.nbytes > limit:
             pool.resize(limit)
@@ -99,57 +99,76 @@ class Retention:
         total = max(1, sum(dense.values()))
         return {o: room * dense[o] / total / (o.geometry.batch * o.geometry.heads) for o in dense}
 
-    def _held(self, owner: Owner, fresh: Tensor) -> Held:
-        state, layout, g = owner.state, owner.layout, owner.geometry
+    def _observe(self, group: list[Owner], count: int) -> Tensor:
+        sites = stacked(group)
+        return observe(sites.state, sites.layout, count, sites.scale)
+
+    def _held(self, sites: Sites, fresh: Tensor) -> Held:
+        state, layout, g = sites.state, sites.layout, sites.geometry
         mean, recent = read_statistics(state, layout)
         return Held(
             with_positions(state, layout).positions, state.tiers, state.rows[:, LENGTH], layout.tiers,
             tuple(page_bytes(layout, g, tier) for tier in range(len(layout.tiers))), fresh, mean, recent,
-            value_norm=value_lengths(state, layout), kappa=self._kappas.get(owner),
+            value_norm=value_lengths(state, layout), kappa=self._known(sites, self._kappas),
         )  # fmt: skip
 
-    def _budget(self, owner: Owner, each: dict[Owner, float]) -> Tensor:
-        """Shapes: -> int64[B, H]."""
-        g, device = owner.geometry, owner.state.table.device
-        share = self._shares.get(owner, torch.ones(g.batch, g.heads, device=device))
-        return (each[owner] * share).long()
+    def _known(self, sites: Sites, what: weakref.WeakKeyDictionary[Owner, Tensor]) -> Tensor | None:
+        """Shapes: -> float32[B, H] of all the sites; None if nothing is known."""
+        return torch.cat([what[owner] for owner in sites.owners]) if sites.owners[0] in what else None
 
-    def _share(self, held: dict[Owner, Held], each: dict[Owner, float], count: int) -> None:
+    def _budget(self, sites: Sites, each: float) -> Tensor:
+        """Shapes: -> int64[B, H]."""
+        share = self._known(sites, self._shares)
+        if share is None:
+            share = torch.ones(sites.state.held.shape[:2], device=sites.state.held.device)
+        return (each * share).long()
+
+    def _share(self, groups: list[tuple[list[Owner], Tensor]], each: dict[Owner, float], count: int) -> None:
         """Shares of all heads, once: from the first queries that there are, the second half of which says what would
         have been lost by what the first half says of the tokens. How many tokens a share buys is asked of the policy,
         which chooses their tiers."""
         half, losses, weights = count // 2, [], []
-        for owner, known in held.items():
-            state, layout, g = owner.state, owner.layout, owner.geometry
-            end = int(state.rows[:, LENGTH].max())
-            choice = self.policy.plan(known, self._budget(owner, each))
+        for group, fresh in groups:
+            sites, equal = stacked(group), each[group[0]]
+            state, layout, g = sites.state, sites.layout, sites.geometry
+            end, known = int(state.rows[:, LENGTH].max()), self._held(sites, fresh)
+            choice = self.policy.plan(known, self._budget(sites, equal))
             price = torch.tensor(known.prices, device=choice.device) / layout.page
             stays = (choice != DROP) & (known.positions >= 0)
             paid = torch.where(stays, price[torch.where(stays, choice, 0).long()], 0.0)
             mean_price = paid.sum((2, 3)) / stays.sum((2, 3)).clamp(min=1)
-            bought = each[owner] * torch.tensor(GRID, device=price.device) / mean_price.clamp(min=1e-3).unsqueeze(-1)
+            bought = equal * torch.tensor(GRID, device=price.device) / mean_price.clamp(min=1e-3).unsqueeze(-1)
             found = realised_losses(
-                state, layout, mean_worth(owner, newest_queries(state, end - count, end - half), end - count),
-                bought.long(), newest_queries(state, end - half, end), end - half, owner.scale,
+                state, layout, mean_worth(sites, newest_queries(state, end - count, end - half), end - count),
+                bought.long(), newest_queries(state, end - half, end), end - half, sites.scale,
             )  # fmt: skip
             losses.append(found.flatten(0, 1))
-            weights.append(torch.full((g.batch * g.heads,), each[owner], device=found.device))
-        found = shares(torch.cat(losses), torch.cat(weights))
-        for owner, share in zip(held, found.split([len(w) for w in weights])):
-            self._shares[owner] = share.view(owner.geometry.batch, owner.geometry.heads)
-            self._kappas[owner] = kappa(owner.state, owner.layout, owner.scale)
+            weights.append(torch.full((g.batch * g.heads,), equal, device=found.device))
+            self._kappas.update(zip(group, kappa(state, layout, sites.scale).split(sites.rows)))
+        parts = shares(torch.cat(losses), torch.cat(weights)).split([len(w) for w in weights])
+        for (group, _), part in zip(groups, parts):
+            heads = group[0].geometry.heads
+            self._shares.update(zip(group, part.view(-1, heads).split([owner.geometry.batch for owner in group])))
 
-    def _retain(self, pool: Pool, owner: Owner, held: Held, budget: Tensor) -> None:
-        choice = self.policy.plan(held, budget)
-        done = pool.fit(lambda: rearrange(owner.state, owner.layout, owner.geometry, pool.arena, choice))
-        self.done = Done(*map(sum, zip(self.done, done)))
+    def _retain(self, pool: Pool, group: list[Owner], fresh: Tensor, each: float) -> None:
+        sites = stacked(group)
+        choice = self.policy.plan(self._held(sites, fresh), self._budget(sites, each))
+        del sites
+
+        def apply() -> Done:  # once more, if the arena was laid out anew in between
+            sites = stacked(group)
+            done = rearrange(sites.state, sites.layout, sites.geometry, pool.arena, choice)
+            sites.write_tables()
+            return done
+
+        self.done = Done(*map(sum, zip(self.done, pool.fit(apply))))
 
 
-def mean_worth(owner: Owner, queries: Tensor, first: int) -> Tensor:
+def mean_worth(sites: Sites, queries: Tensor, first: int) -> Tensor:
     """What queries paid to each token, times the length of its value; -1 where there is none.
 
     Shapes: ``queries`` [B, HQ, T, D] -> float32[B, H, P, page].
     """
-    state, layout = owner.state, owner.layout
-    paid = mean_attention(state, layout, queries, first, owner.scale) * value_lengths(state, layout)
+    state, layout = sites.state, sites.layout
+    paid = mean_attention(state, layout, queries, first, sites.scale) * value_lengths(state, layout)
     return torch.where(with_positions(state, layout).positions >= 0, paid, -1.0)

@@ -165,12 +165,12 @@ class Runner:
         bindings, spec = self.rewritten.bindings, self.spec
         shapes = [_geometry(bindings[i], *pairs[i]) for i in missing]
         nbytes = sum(arena_bytes(bindings[i].layout, g) for i, g in zip(missing, shapes))
-        policy = POLICIES[spec.policy]() if isinstance(spec.policy, str) else spec.policy
         retention = None
         if spec.chooses:
+            policy = POLICIES[spec.policy]() if isinstance(spec.policy, str) else spec.policy
             retention = Retention(policy, parse_bytes(spec.budget or 0, 0))
             nbytes = UNIT  # what is needed is taken, within the budget once queries say what matters
-        pool = Pool(nbytes, policy, spec.plan_every, pairs[missing[0]][0].device, retention)
+        pool = Pool(nbytes, spec.plan_every, pairs[missing[0]][0].device, retention)
         for i, geometry in zip(missing, shapes):
             owners[i] = Owner(bindings[i].layout, geometry, pool, bool(bindings[i].outputs), bindings[i].scale)
 

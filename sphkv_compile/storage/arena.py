@@ -40,23 +40,36 @@ class Arena:
         """Bytes allocated."""
         return self.data.numel()
 
-    def take(self, nbytes: int) -> int:
-        """Offset of a page of ``nbytes``.
+    def take(self, nbytes: int, count: int) -> list[int]:
+        """Offsets of ``count`` pages of ``nbytes``.
 
         Raises:
-            ArenaFull: not enough free bytes in one run.
+            ArenaFull: not enough free bytes in long enough runs; nothing was taken.
         """
-        units = -(-nbytes // UNIT)
-        if not self.free_pages[units] and (self.tail + units) * UNIT > self.nbytes:
-            self._merge()
-        if self.free_pages[units]:
-            offset = self.free_pages[units].pop()
-        elif (self.tail + units) * UNIT <= self.nbytes:
-            offset, self.tail = self.tail, self.tail + units
-        else:
-            offset = self._split(units)
-        self.used += units * UNIT
-        return offset
+        units, merged = -(-nbytes // UNIT), False
+        taken: list[int] = []
+        while len(taken) < count:
+            wanted = count - len(taken)
+            pages, room = self.free_pages[units], (self.nbytes // UNIT - self.tail) // units
+            if pages:
+                taken += pages[-wanted:]
+                del pages[-wanted:]
+            elif room:
+                taken += range(self.tail, self.tail + min(room, wanted) * units, units)
+                self.tail += min(room, wanted) * units
+            elif not merged:
+                self._merge()
+                merged = True
+            elif parts := self._split(units, wanted):
+                taken += parts
+            else:
+                free = self.nbytes - self.used - len(taken) * units * UNIT
+                pages += taken
+                raise ArenaFull(
+                    f"arena of {self.nbytes} bytes: a page of {units * UNIT} bytes does not fit ({free} bytes are free)"
+                )
+        self.used += count * units * UNIT
+        return taken
 
     def take_run(self, nbytes: int, count: int) -> int:
         """Offset of the first of ``count`` pages that lie one behind the other at the tail.
@@ -71,11 +84,11 @@ class Arena:
         self.used += units * count * UNIT
         return offset
 
-    def give(self, offset: int, nbytes: int) -> None:
-        """Return a page."""
+    def give(self, offsets: list[int], nbytes: int) -> None:
+        """Return pages of ``nbytes``."""
         units = -(-nbytes // UNIT)
-        self.free_pages[units].append(offset)
-        self.used -= units * UNIT
+        self.free_pages[units] += offsets
+        self.used -= len(offsets) * units * UNIT
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
@@ -89,26 +102,31 @@ class Arena:
             raise
 
     def _merge(self) -> None:
-        runs: list[list[int]] = []
-        for offset, units in sorted((o, u) for u, pages in self.free_pages.items() for o in pages):
-            if runs and runs[-1][0] + runs[-1][1] == offset:
-                runs[-1][1] += units
-            else:
-                runs.append([offset, units])
+        """Free pages that touch become one run, and the last of them the tail."""
+        pages = [(units, offsets) for units, offsets in self.free_pages.items() if offsets]
         self.free_pages.clear()
-        if runs and sum(runs[-1]) == self.tail:
+        if not pages:
+            return
+        begin = torch.tensor([offset for _, offsets in pages for offset in offsets])
+        size = torch.tensor([units for units, _ in pages]).repeat_interleave(torch.tensor([len(o) for _, o in pages]))
+        begin, order = begin.sort()
+        end = begin + size[order]
+        apart = end[:-1] != begin[1:]
+        first, last = torch.ones_like(begin, dtype=torch.bool), torch.ones_like(begin, dtype=torch.bool)
+        first[1:], last[:-1] = apart, apart
+        runs = list(zip(begin[first].tolist(), (end[last] - begin[first]).tolist()))
+        if sum(runs[-1]) == self.tail:
             self.tail = runs.pop()[0]
         for offset, units in runs:
             self.free_pages[units].append(offset)
 
-    def _split(self, units: int) -> int:
-        fitting = [size for size, pages in self.free_pages.items() if size > units and pages]
+    def _split(self, units: int, wanted: int) -> list[int]:
+        """As many of ``wanted`` pages as the shortest run that holds one gives; none if there is no such run."""
+        fitting = [size for size, pages in self.free_pages.items() if size >= units and pages]
         if not fitting:
-            free = self.nbytes - self.used
-            raise ArenaFull(
-                f"arena of {self.nbytes} bytes: a page of {units * UNIT} bytes does not fit ({free} bytes are free)"
-            )
+            return []
         size = min(fitting)
-        offset = self.free_pages[size].pop()
-        self.free_pages[size - units].append(offset + units)
-        return offset
+        offset, count = self.free_pages[size].pop(), min(size // units, wanted)
+        if rest := size - count * units:
+            self.free_pages[rest].append(offset + count * units)
+        return list(range(offset, offset + count * units, units))

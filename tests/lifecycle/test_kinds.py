@@ -256,10 +256,9 @@ def _layout(bits=4):
 
 
 def _owner(layout, batch):
-    from sphkv_compile.policies import KeepAll
 
     g = Geometry(batch, 2, 96, 16, 16, torch.float32, torch.float32, False)
-    return Owner(layout, g, Pool(arena_bytes(layout, g), KeepAll(), 128, torch.device("cpu")))
+    return Owner(layout, g, Pool(arena_bytes(layout, g), 128, torch.device("cpu")))
 
 
 def _pages(owner, row, spans):

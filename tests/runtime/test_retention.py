@@ -172,7 +172,7 @@ def test_tokens_that_get_no_attention_may_go():
     q[..., 0] = 8
     k[..., 0] = torch.where(torch.arange(600) % 3 == 0, -40.0, 0.0)
     retention = Retention(Rdr(), 0)
-    pool = Pool(64, retention.policy, 128, torch.device("cpu"), retention)
+    pool = Pool(64, 128, torch.device("cpu"), retention)
     owner = Owner(layout, g, pool)
     owner.holds_codes = True
     pool.step(500)
