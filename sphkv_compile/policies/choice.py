@@ -10,7 +10,8 @@ from sphkv_compile.policies.solver import Prices, allocate
 
 
 def choose(held: Held, worth: Tensor, kinds: Tensor, losses: Tensor, budget: Tensor | None, name: str) -> Tensor:
-    """The tier of each token, or the drop, so that the loss is least under every head's budget.
+    """The tier of each token, or the drop, so that the loss is least under every head's budget. Of equal tokens those
+    stay that come first in the tables.
 
     Args:
         worth: of each coded token, 0 or more.
@@ -28,15 +29,11 @@ def choose(held: Held, worth: Tensor, kinds: Tensor, losses: Tensor, budget: Ten
         raise ValueError(f"policy {name!r} needs a budget and a price for each of {len(held.menu)} tiers")
     b, h, _, page = held.positions.shape
     choices, there = len(held.menu), held.positions >= 0
-    order = by_position(held)  # so that of equal tokens the older stays wherever it lies
-    sorted_worth, sorted_kinds = (
-        x.flatten(2).gather(-1, order).flatten(0, 1)
-        for x in (torch.where(there, worth, -1.0), kinds.expand_as(held.positions))
-    )
+    worth, kinds = torch.where(there, worth, -1.0), kinds.expand_as(held.positions)
     prices = Prices((0, *reversed(held.prices)), page)
-    chosen = allocate(sorted_worth, sorted_kinds, losses.flatten(0, 1), prices, budget.flatten())
-    tier = torch.where(chosen == 0, DROP, choices - chosen).to(torch.uint8).view(b, h, -1)
-    return torch.empty_like(tier).scatter_(-1, order, tier).view(held.positions.shape)
+    losses = losses.flatten(0, 1)
+    chosen = allocate(worth.reshape(b * h, -1), kinds.reshape(b * h, -1), losses, prices, budget.flatten())
+    return torch.where(chosen == 0, DROP, choices - chosen).to(torch.uint8).view(held.positions.shape)
 
 
 def by_position(held: Held) -> Tensor:

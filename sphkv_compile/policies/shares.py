@@ -38,3 +38,16 @@ def shares(losses: Tensor, weights: Tensor) -> Tensor:
 
 def _best(losses: Tensor, grid: Tensor, weight: Tensor, price: Tensor) -> Tensor:
     return grid[(losses + price.to(losses.device) * weight * grid).argmin(-1)]
+
+
+def whole(wanted: Tensor, unit: int) -> Tensor:
+    """Bytes of each head in whole units, no more in all: what rounding down leaves goes to those that lose most by it.
+
+    Shapes: float[N] -> int64[N].
+    """
+    units = wanted.double() / unit
+    down = units.floor()
+    rest = units - down
+    order = rest.argsort(descending=True, stable=True)
+    one_more = torch.arange(len(order), device=order.device) < rest.sum().floor()
+    return ((down + torch.empty_like(rest).scatter_(0, order, one_more.double())) * unit).long()

@@ -92,6 +92,8 @@ def allocate(worth: Tensor, kind: Tensor, loss: Tensor, prices: Prices, budget: 
     for lower in (1, NEAR):
         more = _choice(bins, kind, target, shift, level - lower)
         chosen, counts = _fill(chosen, more, counts, prices, budget)
+    if prices.page > 1:
+        chosen = _top_up(chosen, bins, kind, loss.float(), counts, prices.page)
     return chosen.long()
 
 
@@ -175,3 +177,27 @@ def _fill(chosen: Tensor, more: Tensor, counts: Tensor, prices: Prices, budget: 
     served = cheap & (number <= (fits * number).amax(-1, keepdim=True)) & fits.any(-1, keepdim=True)
     counts = counts + (grown * served.unsqueeze(1)).sum(-1)
     return torch.where(served.gather(1, run.long()), more, chosen), counts
+
+
+def _top_up(chosen: Tensor, bins: Tensor, kind: Tensor, loss: Tensor, counts: Tensor, page: int) -> Tensor:
+    """Fill the last page of each choice, the widest first, by the best of the tokens that have less; it costs nothing.
+    They are sought among as many as a page has.
+
+    Shapes: ``chosen``, ``bins`` int32[H, N], ``kind`` int64[H, N], ``loss`` float32[H, C, T], ``counts`` int64[H, T] of
+    what each choice has -> int32[H, N].
+    """
+    choices = loss.shape[-1]
+    loss = loss.flatten(1)
+    # a token's place in the order: by its bin, of one bin the first first
+    order = (bins.long() << 32) - torch.arange(bins.shape[1], device=bins.device)
+    number = torch.arange(min(page, bins.shape[1]), device=bins.device)
+    for choice in range(choices - 1, 0, -1):
+        free = -counts[:, choice] % page
+        best, at = torch.where(chosen < choice, order, -1).topk(len(number), -1)
+        own, row = chosen.gather(1, at), kind.gather(1, at) * choices
+        gains = (best >= 0) & (loss.gather(1, row + choice) < loss.gather(1, row + own))
+        taken = gains & (gains.cumsum(-1) <= free.unsqueeze(-1))
+        counts = counts.scatter_add(1, own.long(), -taken.long())
+        counts[:, choice] += taken.sum(-1)
+        chosen = chosen.scatter(1, at, torch.where(taken, choice, own))
+    return chosen

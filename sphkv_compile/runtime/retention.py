@@ -16,7 +16,7 @@ from torch import Tensor
 from sphkv_compile.ops.pages import read_statistics, value_lengths, with_positions
 from sphkv_compile.ops.statistics import mean_attention, newest_queries, observe, realised_losses
 from sphkv_compile.policies import DROP, Held, Policy
-from sphkv_compile.policies.shares import GRID, shares
+from sphkv_compile.policies.shares import GRID, shares, whole
 from sphkv_compile.runtime.certificate import kappa
 from sphkv_compile.runtime.pool import Pool, arena_bytes, page_bytes
 from sphkv_compile.runtime.retain import Done, rearrange
@@ -117,11 +117,12 @@ class Retention:
         return torch.cat([what[owner] for owner in sites.owners]) if sites.owners[0] in what else None
 
     def _budget(self, sites: Sites, each: float) -> Tensor:
-        """Shapes: -> int64[B, H]."""
+        """In pages of the narrowest tier, since less than one of them buys nothing. Shapes: -> int64[B, H]."""
+        held = sites.state.held
         share = self._known(sites, self._shares)
-        if share is None:
-            share = torch.ones(sites.state.held.shape[:2], device=sites.state.held.device)
-        return (each * share).long()
+        wanted = torch.full(held.shape[:2], each, device=held.device) if share is None else each * share
+        narrowest = page_bytes(sites.layout, sites.geometry, len(sites.layout.tiers) - 1)
+        return whole(wanted.flatten(), narrowest).view(wanted.shape)
 
     def _share(self, groups: list[tuple[list[Owner], Tensor]], each: dict[Owner, float], count: int) -> None:
         """Shares of all heads, once: from the first queries that there are, the second half of which says what would

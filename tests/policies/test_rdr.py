@@ -85,13 +85,13 @@ def test_a_change_of_tier_is_paid_for_and_a_wider_one_cannot_be_had():
     torch.testing.assert_close(rows, expected)
 
 
-def test_equal_tokens_are_kept_by_position_wherever_they_lie():
+def test_of_equal_tokens_the_first_in_the_tables_stay():
     ones = torch.ones(1, 2, 40, PAGE)
     view = held(mean=ones, recent=ones, expected=ones, value_norm=ones)
     policy = Rdr()
     policy.worth = lambda _: ones
     plan = policy.plan(view, torch.tensor([[108 * 160] * 2]))
-    assert bool((view.positions[plan != DROP] < 160).all()) and int((plan != DROP).sum()) == 2 * 160
+    assert bool((plan.flatten(2)[..., :160] != DROP).all()) and int((plan != DROP).sum()) == 2 * 160
 
 
 def test_without_statistics_the_young_and_the_long_stay():

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from sphkv_compile.policies.shares import GRID, shares
+from sphkv_compile.policies.shares import GRID, shares, whole
 
 
 def losses(heads, seed):
@@ -43,3 +43,12 @@ def test_who_loses_nothing_gives():
     found[0] = 0
     got = shares(found, torch.ones(2))
     assert got[0] < 0.3 and got[1] > 1.7
+
+
+def test_whole_units_by_hand():
+    found = whole(torch.tensor([2.9, 1.6, 0.5, 3.0, 1.5]) * 100, 100)
+    assert found.tolist() == [300, 200, 0, 300, 100]  # two whole units of what .9, .6, .5 and .5 leave
+    assert whole(torch.full((4,), 250.0), 100).tolist() == [300, 300, 200, 200]
+    wanted = torch.rand(1000, generator=torch.Generator().manual_seed(0)) * 5000
+    found = whole(wanted, 64)
+    assert wanted.sum() - 64 < found.sum() <= wanted.sum() and bool(((found - wanted).abs() < 64).all())

@@ -85,6 +85,19 @@ def test_more_bytes_never_lose_and_pages_are_paid_whole():
     assert chosen.unique().tolist() == [3]
 
 
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5])
+def test_no_slot_of_a_page_is_left_empty(share):
+    """While tokens are dropped, or coded more coarsely than a page that has room for them."""
+    worth = draw(3, 2048, 5)
+    chosen = run(worth, [int(share * 2048 * 256)] * 3, page=64)
+    for head in range(3):
+        counts = torch.bincount(chosen[head], minlength=4)
+        assert not bool((counts[1:] % 64).any()) and int(counts[0]) > 0
+        least = [float(worth[head][chosen[head] == t].min()) for t in range(1, 4) if counts[t]]
+        best = [float(worth[head][chosen[head] == t].max()) for t in range(4) if counts[t]]
+        assert all(low >= 0.91 * high for low, high in zip(least, best))  # but for NEAR, the wider a tier, the worthier
+
+
 def test_heads_do_not_meddle_and_scale_does_not_matter():
     worth = draw(3, 500, 2)
     budgets = [5000, 20_000, 60_000]
