@@ -19,7 +19,7 @@ PASSTHROUGH = 16
 
 BITS = (2, 3, 4, 8, PASSTHROUGH)
 CODECS = ("axis_cosine", "pair_polar", "chain", "tree")
-POLICIES = ("keep_all", "rdr", "window", "heavy_hitter", "snapkv")
+POLICIES = ("keep_all", "rdr", "uniform", "window", "heavy_hitter", "snapkv", "expected_attention")
 COMPILER_OPTIONS = ("mode", "inductor")
 """Keys of the backend's ``options`` that say how graphs are compiled; every other is a field of CacheSpec."""
 

@@ -87,6 +87,38 @@ def observe(state: State, layout: Layout, count: int, scale: float | None = None
     return fresh & (positions >= 0)
 
 
+def expected_attention(
+    state: State, layout: Layout, count: int, frequencies: Tensor, scale: float | None = None
+) -> Tensor:
+    """The mean attention that each coded token would get, were the newest ``count`` queries asked again at positions to
+    come: their rotary pairs are turned on, by ``count`` tokens for the first of them up to twice that for the last.
+
+    Source: the idea of Expected Attention (arXiv 2510.00636), with the newest queries for its normal distribution.
+
+    Units: ``count`` in tokens, ``frequencies`` in radians a token.
+
+    Shapes: ``frequencies`` float32[B, rotary_dim / 2] -> float32[B, H, P, page].
+    """
+    end = int(state.rows[:, LENGTH].max())
+    ahead = torch.arange(count, 2 * count, device=frequencies.device)
+    angles = (ahead.unsqueeze(-1) * frequencies.unsqueeze(1)).unsqueeze(1)
+    queries = turned(newest_queries(state, end - count, end).float(), angles, layout.rope)
+    return mean_attention(state, layout, queries, end, scale)
+
+
+def turned(x: Tensor, angles: Tensor, rope: str) -> Tensor:
+    """Rotary pairs turned by angles; dimensions behind them stay.
+
+    Shapes: ``x`` [..., T, D], ``angles`` [..., T, R / 2] -> [..., T, D].
+    """
+    rotary, rest = x.split([2 * angles.shape[-1], x.shape[-1] - 2 * angles.shape[-1]], -1)
+    a, b = rotary.chunk(2, -1) if rope == "half" else (rotary[..., ::2], rotary[..., 1::2])
+    cos, sin = angles.cos(), angles.sin()
+    parts = a * cos - b * sin, b * cos + a * sin
+    both = torch.cat(parts, -1) if rope == "half" else torch.stack(parts, -1).flatten(-2)
+    return torch.cat([both, rest], -1)
+
+
 def newest_queries(state: State, first: int, end: int) -> Tensor:
     """The remembered queries of consecutive positions. Shapes: -> [B, HQ, end - first, D]."""
     return state.queries[:, :, torch.arange(first, end, device=state.queries.device) % state.queries.shape[2]]

@@ -11,7 +11,7 @@ from torch._inductor.pattern_matcher import Match
 from torch.fx import GraphModule, Node
 
 from sphkv_compile.passes.normalize import K, V, markers
-from sphkv_compile.passes.rope import rope_of
+from sphkv_compile.passes.rope import angles_of, rope_of
 from sphkv_compile.patterns import IDIOMS, Refusal, Site
 
 aten = torch.ops.aten
@@ -50,7 +50,8 @@ def _verdict(marker: Node) -> Verdict:
             continue
         verdict.refusal = _keywords(found) or idiom.check(found)
         if verdict.refusal is None:
-            verdict.site = replace(idiom.site(found), rope=rope_of(found.kwargs["k"]))
+            key = found.kwargs["k"]
+            verdict.site = replace(idiom.site(found), rope=rope_of(key), angles=angles_of(key))
         return verdict
     verdict.refusal = _why(marker)
     return verdict

@@ -18,10 +18,10 @@ def snapshot(gm: GraphModule) -> GraphModule:
 
 
 def prologue_of(gm: GraphModule, sites: list[Site]) -> GraphModule:
-    """Computes, for each site, its first written column (None for a rolling window) and its mask, from the graph's
-    inputs. An import runs it once: before the graph runs, nothing else knows how full a cache is or which slots are
-    padding."""
-    wanted = [x for s in sites for x in ((s.pos if s.pos is not None else s.start), s.mask)]
+    """Computes, for each site, its first written column (None for a rolling window), its mask, and the angles of its
+    rotary embedding, from the graph's inputs. An import runs it once: before the graph runs, nothing else knows how
+    full a cache is, which slots are padding, or how positions turn keys."""
+    wanted = [x for s in sites for x in ((s.pos if s.pos is not None else s.start), s.mask, s.angles)]
     cone = _cone([x for x in wanted if isinstance(x, Node)])
     graph = Graph()
     copies: dict[Node, Node] = {}

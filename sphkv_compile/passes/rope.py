@@ -20,6 +20,7 @@ from torch.fx import Node
 aten = torch.ops.aten
 NONE = ("none", 0)
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+_COPIES = (aten.unsqueeze.default, aten.permute.default, aten.expand.default, aten.slice.Tensor, aten.index.Tensor)
 _CASTS = (aten.clone.default, torch.ops.prims.convert_element_type.default)
 
 
@@ -36,14 +37,51 @@ def rope_of(key: Node) -> tuple[str, int]:
 
     Shapes: ``key`` [B, H, T, D] after the rotary embedding.
     """
+    part, rotation = _rotated_part(key)
+    return (rotation.layout, int(_shape(part)[-1])) if rotation else NONE
+
+
+def angles_of(key: Node) -> Node | None:
+    """What the cosines of a key's rotary embedding are taken of, if the graph computes them: an angle for each token
+    and pair, or for each dimension of a pair.
+
+    Shapes: -> [B or 1, T, R] or [B or 1, T, R / 2], R the rotated dimensions.
+    """
+    _, rotation = _rotated_part(key)
+    at: Any = rotation and rotation.cosine
+    while _is(at, *_CASTS, *_VIEWS, *_COPIES) or _scaled(at):
+        at = at.args[0]
+    if not _is(at, aten.cos.default):
+        return None
+    angles = at.args[0]
+    return angles if len(_shape(angles)) == 3 and _shape(angles)[-1] in (_dims(key), _dims(key) // 2) else None
+
+
+class Rotation(NamedTuple):
+    """A rotary embedding that was recognised: how dimensions are paired, and the factor of the straight part."""
+
+    layout: str
+    cosine: Any
+
+
+def _rotated_part(key: Node) -> tuple[Node, Rotation | None]:
+    """The part of a key that rotates, which may be all of it, and how."""
     node = _through(key)
-    if layout := _rotated(node):
-        return layout, int(_shape(key)[-1])
+    if rotation := _rotated(node):
+        return key, rotation
     if _is(node, aten.cat.default) and _axis(node) == -1:  # partial: the rotated part, then what passes through
         turned = node.args[0][0]
-        if layout := _rotated(_through(turned)):
-            return layout, int(_shape(turned)[-1])
-    return NONE
+        return turned, _rotated(_through(turned))
+    return key, None
+
+
+def _dims(key: Node) -> int:
+    return int(_shape(_rotated_part(key)[0])[-1])
+
+
+def _scaled(node: object) -> bool:
+    """Whether ``node`` is something times a number, as YaRN scales cosines."""
+    return _is(node, aten.mul.Tensor) and not isinstance(node.args[1], Node)
 
 
 def _is(node: object, *targets: object) -> TypeGuard[Node]:
@@ -79,18 +117,18 @@ def _keeps_last(node: Node) -> bool:
     return _is(node, *_VIEWS, aten.squeeze.dim) and _shape(node)[-1] == _shape(node.args[0])[-1]
 
 
-def _rotated(node: Node) -> str | None:
-    """The layout of the rotary embedding whose result ``node`` is."""
+def _rotated(node: Node) -> Rotation | None:
+    """The rotary embedding whose result ``node`` is."""
     return _sum_form(node) or _pair_form(node)
 
 
-def _sum_form(node: Node) -> str | None:
+def _sum_form(node: Node) -> Rotation | None:
     """x cos + turn(x) sin."""
     for straight, crossed in _ordered(node, aten.add.Tensor):
-        for x, _ in _ordered(straight, aten.mul.Tensor):
+        for x, cos in _ordered(straight, aten.mul.Tensor):
             for turn, _ in _ordered(crossed, aten.mul.Tensor):
                 if layout := _turn(turn, x):
-                    return layout
+                    return Rotation(layout, cos)
     return None
 
 
@@ -104,7 +142,7 @@ def _turn(turn: object, x: object) -> str | None:
     return layout if found == (Part(_through(x), layout, 1), Part(_through(x), layout, 0)) else None
 
 
-def _pair_form(node: Node) -> str | None:
+def _pair_form(node: Node) -> Rotation | None:
     """(x1 cos - x2 sin, x2 cos + x1 sin)."""
     if (joined := _joined(node)) is None:
         return None
@@ -116,7 +154,7 @@ def _pair_form(node: Node) -> str | None:
             for third, fourth in _ordered(_through(second), aten.add.Tensor):
                 crossed = (two, cos) in _parts(third) and any((one, sin) in _parts(fourth) for sin in sines)
                 if one.which == 0 and one.layout == layout and crossed:
-                    return layout
+                    return Rotation(layout, cos)
     return None
 
 

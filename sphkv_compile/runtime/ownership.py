@@ -43,6 +43,8 @@ class Owner:
     Args:
         handles: the tensors are outputs of a growing cache, without storage of their own.
         scale: of the softmax at this site; the error certificates need it.
+
+    ``frequencies``, once known: how far one token turns each pair of the rotary embedding, in radians.
     """
 
     def __init__(
@@ -55,8 +57,34 @@ class Owner:
         self.v_ref: Any = lambda: None
         self.imports = self.exports = self.recoded_tokens = 0
         self.last_export = ""
+        self.frequencies: Tensor | None = None
         pool.owners.add(self)
         weakref.finalize(self, _give_back, self.pool, self.state.table, self.state.tiers, layout, geometry)
+
+    def learn_frequencies(self, angles: Tensor, position: int) -> None:
+        """How far one token turns each rotary pair, from the angles of a call's tokens; ``frequencies`` is float32[R /
+        2], or stays None where a single token at position 0 says nothing.
+
+        Args:
+            position: of the first of them in the longest row.
+
+        Units: radians.
+
+        Shapes: ``angles`` [B or 1, T, R or R / 2].
+        """
+        angles = angles.double()
+        if angles.shape[-1] == self.layout.rotary_dim:  # of each pair twice: side by side, or one half and the other
+            first, second = angles.chunk(2, -1)
+            angles = first if torch.equal(first, second) else angles[..., ::2]
+        if angles.shape[1] > 1:  # steps forward; padding stands still, or goes back
+            steps = angles.diff(dim=1).clamp(min=0)
+            count = (steps[..., :1] > 0).sum(1)
+            row = int(count.argmax())
+            found = steps[row].sum(0) / count[row].clamp(min=1)
+        else:
+            found = angles[:, 0].amax(0) / max(1, position)
+        if bool(found[0] > 0):
+            self.frequencies = found.float()
 
     # ---- import: dense -> codes
 
@@ -196,7 +224,7 @@ class Owner:
         twin = Owner(self.layout, self.geometry, copy.deepcopy(self.pool, memo), self.handles, self.scale)
         for new, was in zip(twin.state[1:], self.state[1:]):
             new.copy_(was)  # the copied arena has the same pages at the same offsets
-        twin.exports = 1  # its tensors are dense until they are imported
+        twin.exports, twin.frequencies = 1, self.frequencies  # its tensors are dense until they are imported
         memo[id(self)] = twin
         return twin
 

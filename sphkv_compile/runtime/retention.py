@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sphkv_compile.ops.pages import read_statistics, value_lengths, with_positions
-from sphkv_compile.ops.statistics import mean_attention, newest_queries, observe, realised_losses
+from sphkv_compile.ops.statistics import expected_attention, mean_attention, newest_queries, observe, realised_losses
 from sphkv_compile.policies import DROP, Held, Policy
 from sphkv_compile.policies.shares import GRID, shares, whole
 from sphkv_compile.runtime.certificate import kappa
@@ -70,7 +70,7 @@ class Retention:
         if count == MEMORY and getattr(self.policy, "shares", False) and not len(self._shares):
             self._share(groups, each, count)
         for group, fresh in groups:
-            self._retain(pool, group, fresh, each[group[0]])
+            self._retain(pool, group, fresh, each[group[0]], count)
         limit = room + self.aside(pool)
         if pool.arena.nbytes > limit:
             pool.resize(limit)
@@ -103,14 +103,22 @@ class Retention:
         sites = stacked(group)
         return observe(sites.state, sites.layout, count, sites.scale)
 
-    def _held(self, sites: Sites, fresh: Tensor) -> Held:
+    def _held(self, sites: Sites, fresh: Tensor, count: int) -> Held:
         state, layout, g = sites.state, sites.layout, sites.geometry
         mean, recent = read_statistics(state, layout)
         return Held(
             with_positions(state, layout).positions, state.tiers, state.rows[:, LENGTH], layout.tiers,
             tuple(page_bytes(layout, g, tier) for tier in range(len(layout.tiers))), fresh, mean, recent,
-            value_norm=value_lengths(state, layout), kappa=self._known(sites, self._kappas),
+            self._expected(sites, count), value_lengths(state, layout), self._known(sites, self._kappas),
         )  # fmt: skip
+
+    def _expected(self, sites: Sites, count: int) -> Tensor | None:
+        """Shapes: -> float32[B, H, P, page]; None where the rotary embedding is not known."""
+        known = [(owner.frequencies, owner.geometry.batch) for owner in sites.owners if owner.frequencies is not None]
+        if len(known) < len(sites.owners):
+            return None
+        frequencies = torch.cat([own.expand(batch, -1) for own, batch in known])
+        return expected_attention(sites.state, sites.layout, count, frequencies, sites.scale)
 
     def _known(self, sites: Sites, what: weakref.WeakKeyDictionary[Owner, Tensor]) -> Tensor | None:
         """Shapes: -> float32[B, H] of all the sites; None if nothing is known."""
@@ -132,7 +140,7 @@ class Retention:
         for group, fresh in groups:
             sites, equal = stacked(group), each[group[0]]
             state, layout, g = sites.state, sites.layout, sites.geometry
-            end, known = int(state.rows[:, LENGTH].max()), self._held(sites, fresh)
+            end, known = int(state.rows[:, LENGTH].max()), self._held(sites, fresh, count)
             choice = self.policy.plan(known, self._budget(sites, equal))
             price = torch.tensor(known.prices, device=choice.device) / layout.page
             stays = (choice != DROP) & (known.positions >= 0)
@@ -151,9 +159,9 @@ class Retention:
             heads = group[0].geometry.heads
             self._shares.update(zip(group, part.view(-1, heads).split([owner.geometry.batch for owner in group])))
 
-    def _retain(self, pool: Pool, group: list[Owner], fresh: Tensor, each: float) -> None:
+    def _retain(self, pool: Pool, group: list[Owner], fresh: Tensor, each: float, count: int) -> None:
         sites = stacked(group)
-        choice = self.policy.plan(self._held(sites, fresh), self._budget(sites, each))
+        choice = self.policy.plan(self._held(sites, fresh, count), self._budget(sites, each))
         del sites
 
         def apply() -> Done:  # once more, if the arena was laid out anew in between

@@ -70,7 +70,8 @@ class Runner:
     Args:
         run: the compiled, rewritten graph.
         dense: the graph as it was, interpreted: for a call whose tensors cannot be owned.
-        prologue: computes, from the original inputs, each site's first position and mask; only imports need it.
+        prologue: computes, from the original inputs, each site's first position, mask and rotary angles; only imports
+            need it.
         token_count: new tokens of a call, from its inputs.
         lookout: inputs that may be another graph's cache and must be made dense first.
     """
@@ -191,12 +192,15 @@ class Runner:
         with _plain(), torch.no_grad(), _disable_current_modes():
             facts = self.prologue(*args)
         for i in dense:
-            where, mask = facts[2 * i], facts[2 * i + 1]
+            where, mask, angles = facts[3 * i : 3 * i + 3]
             binding, (k, v) = self.rewritten.bindings[i], pairs[i]
             length = (
                 k.shape[2] if where is None else int(where.flatten()[0]) if isinstance(where, Tensor) else int(where)
             )
-            owners[i].take(k, v, length, _first_real(mask, length, k.shape[0], binding))
+            first = _first_real(mask, length, k.shape[0], binding)
+            owners[i].take(k, v, length, first)
+            if angles is not None and owners[i].layout.kept:
+                owners[i].learn_frequencies(angles, length - min(first or [0]))
             if not binding.outputs:
                 owners[i].hold(k, v)
             else:

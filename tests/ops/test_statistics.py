@@ -1,5 +1,6 @@
 """Statistics against float64 over what the cache decodes to, by torch and by the kernel, interpreted."""
 
+import dataclasses
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from sphkv_compile.kernels.gpu import statistics as kernels
 from sphkv_compile.ops import statistics
 from sphkv_compile.ops.pages import read_statistics, value_lengths, with_positions, write_statistics
 from sphkv_compile.ops.read import dense
-from sphkv_compile.ops.statistics import HALF_LIFE, mean_attention, observe, realised_losses
+from sphkv_compile.ops.statistics import HALF_LIFE, expected_attention, mean_attention, observe, realised_losses
 from sphkv_compile.storage.state import LENGTH
 
 GROUP, SCALE = 3, 0.3
@@ -97,6 +98,34 @@ def test_what_is_observed_is_remembered(menu, dim, packing):
     kept = 0.5 ** (looks / HALF_LIFE)
     torch.testing.assert_close(mean[there], (first + (new - first) * looks / age)[there], rtol=8e-3, atol=1e-9)
     torch.testing.assert_close(recent[there], (first * kept + new * (1 - kept))[there], rtol=8e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("rope", ["half", "interleaved"])
+@pytest.mark.parametrize("rotary", [64, 32])
+def test_expected_attention_against_queries_turned_one_by_one(rope, rotary):
+    """Every remembered query, its pairs turned as complex numbers to a later position, looks at all tokens."""
+    state, layout, _ = cache(("K4V4", "K4V2"), 64, "rows")
+    layout = dataclasses.replace(layout, rope=rope, rotary_dim=rotary)
+    memory = torch.randn(2, 2 * GROUP, 128, 64, generator=torch.Generator().manual_seed(5))
+    state = state._replace(queries=memory)
+    length, count = int(state.rows[0, LENGTH]), 30
+    frequencies = 1e4 ** -(torch.arange(rotary // 2, dtype=torch.float64) / (rotary // 2))
+    queries = []
+    for i in range(count):
+        was, now = length - count + i, length + 2 * i
+        q = memory[:, :, was % 128].double()
+        head, rest = q[..., :rotary], q[..., rotary:]
+        pairs = head.unflatten(-1, (2, -1)).transpose(-1, -2) if rope == "half" else head.unflatten(-1, (-1, 2))
+        turn = torch.polar(torch.ones_like(frequencies), (now - was) * frequencies)
+        z = torch.view_as_complex(pairs.contiguous()) * turn
+        pairs = torch.view_as_real(z)
+        head = pairs.transpose(-1, -2).flatten(-2) if rope == "half" else pairs.flatten(-2)
+        queries.append(torch.cat([head, rest], -1))
+    want = expected(state, layout, torch.stack(queries, 2), length)
+    positions = with_positions(state, layout).positions
+    want = want.gather(2, positions.clamp(min=0).long().flatten(2)).view(positions.shape) * (positions >= 0)
+    found = expected_attention(state, layout, count, frequencies.float().expand(2, -1), SCALE)
+    torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-9)
 
 
 def test_losses_against_a_sum_over_tokens():

@@ -54,7 +54,8 @@ def test_position_and_mask(dynamic, tokens):
     gm, site = traced(dynamic)
     prologue = prologue_of(gm, [site])
     rewrite(gm, [site], CacheSpec(bits=16, sink=2, window=4, span=8, page=8))  # the cut part is its own
-    pos, mask = prologue(*arguments(prologue, inputs(tokens, length=7, padding=4)))
+    pos, mask, angles = prologue(*arguments(prologue, inputs(tokens, length=7, padding=4)))
+    assert angles is None
     assert pos.tolist() == list(range(7, 7 + 2 * tokens))
     assert list(mask.shape) == [1, 1, 2 * tokens, L], "as the import reads it, whatever the model gave"
     assert mask[0, 0].nonzero()[:, 1].min() == 4 and mask[0, 0].sum(-1).tolist() == [i - 3 for i in pos.tolist()]
@@ -63,7 +64,7 @@ def test_position_and_mask(dynamic, tokens):
 def test_the_prologue_reads_no_cache():
     gm, site = traced(False)
     prologue = prologue_of(gm, [site])
-    pos, mask = prologue(*arguments(gm, [*inputs(3)[:3], None, None]))
+    pos, mask, _ = prologue(*arguments(gm, [*inputs(3)[:3], None, None]))
     assert pos[0] == 9 and mask.shape[-1] == L
 
 

@@ -6,7 +6,7 @@ from one_attention import attention_call
 from torch.nn.functional import scaled_dot_product_attention
 
 from sphkv_compile.passes.normalize import K, markers
-from sphkv_compile.passes.rope import NONE, rope_of
+from sphkv_compile.passes.rope import NONE, angles_of, rope_of
 from sphkv_compile.passes.text import capture
 from sphkv_compile.testing.tiny import FAMILIES, tiny, tiny_gpt_fast
 
@@ -42,6 +42,16 @@ def test_scaled_rope():
     model = tiny("llama", layers=1, rope_parameters=YARN)
     attention, args, kwargs = attention_call(model, 0, IDS, use_cache=False)
     assert seen(attention, *args, **kwargs) == ("half", D)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3", "glm", "cohere"])
+def test_angles_are_found(family):
+    """What they are is tests/runtime's to say."""
+    gm, _ = capture(tiny(family, layers=1), input_ids=IDS, use_cache=False)
+    (marker,) = markers(gm.graph)
+    node = angles_of(marker.args[K])
+    assert node is not None and tuple(node.meta["val"].shape[:2]) == (1, 3)
+    assert node.meta["val"].shape[-1] in (EXPECTED[family][1], EXPECTED[family][1] // 2)
 
 
 def test_layer_without_rope():

@@ -55,6 +55,7 @@ def test_with_bytes_for_all_nothing_is_dropped(name):
     [
         ("window", lambda view: view.positions.float()),
         ("heavy_hitter", lambda view: view.mean),
+        ("expected_attention", lambda view: view.recent),
         ("snapkv", lambda view: torch.nn.functional.avg_pool1d(view.recent.flatten(2), 5, 1, 2).view_as(view.recent)),
     ],
 )
@@ -68,6 +69,26 @@ def test_what_eviction_keeps(name, worth):
     assert set(plan[0, 0].unique().tolist()) == {0, DROP} and int(kept.sum()) == 16
     least = worth(view)[0, 0][view.positions[0, 0] >= 0].topk(16).values[-1]
     assert bool((worth(view)[0, 0][kept] >= 0.99 * least).all())  # tokens that differ by less are equal to the solver
+
+
+def test_expected_attention_reads_what_is_expected_and_values_lengths():
+    view = held()
+    random = torch.Generator().manual_seed(3)
+    expected, norm = (torch.rand(view.positions.shape, generator=random) for _ in range(2))
+    policy, some = POLICIES["expected_attention"](), torch.full((2, 3), 2 * PRICES[0])
+    assert torch.equal(
+        policy.plan(dataclasses.replace(view, expected=expected, value_norm=norm), some),
+        policy.plan(dataclasses.replace(view, recent=expected * norm), some),
+    )
+
+
+@pytest.mark.parametrize(("bytes_", "tiers", "kept"), [(4 * 120, {0}, 28), (4 * 119, {1}, 28), (2 * 80, {1}, 16)])
+def test_uniform_is_the_widest_tier_that_fits_or_the_newest_at_the_narrowest(bytes_, tiers, kept):
+    view = held()
+    view = dataclasses.replace(view, tiers=torch.zeros_like(view.tiers))
+    plan = POLICIES["uniform"]().plan(view, torch.full((2, 3), bytes_))[view.positions >= 0].view(2, 3, -1)
+    assert set(plan[plan != DROP].tolist()) == tiers and bool(((plan != DROP).sum(-1) == kept).all())
+    assert bool((plan[..., -kept:] != DROP).all())  # tokens lie in order here
 
 
 def test_keep_all_keeps_every_token_at_its_tier():

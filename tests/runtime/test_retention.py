@@ -94,6 +94,29 @@ def test_a_budget_for_all_keeps_all():
     assert report.budget is None and report.dropped_tokens == 0 and report.encoded_tokens == 2 * 2 * 2 * 23 * 16 // 2
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3", "glm", "cohere"])
+@pytest.mark.parametrize("prompt", ["compiled", "eager", "padded"])
+def test_how_positions_turn_keys_is_learnt(family, prompt):
+    """As the model's own frequencies say: from a prompt, from one token behind it, and beside padding."""
+    model = Model(family, budget=0.1)
+    cache, ids = model.cache(), model.ids(300)
+    if prompt == "padded":
+        mask = torch.ones_like(ids)
+        mask[0, :120] = 0
+        with torch.no_grad():
+            model.step(ids, attention_mask=mask, use_cache=True, **{model.keyword: cache})
+    else:
+        model(cache, ids, model.model.forward if prompt == "eager" else None)
+    if prompt == "eager":
+        model(cache, ids[:, :1])
+    rotary = model.model.model.rotary_emb
+    expected = rotary.full_attention_inv_freq if family == "gemma3" else rotary.inv_freq
+    owners = [owner_of(layer.keys) for layer in cache.layers]
+    assert any(owner and owner.layout.kept for owner in owners)
+    for owner in (owner for owner in owners if owner and owner.layout.kept):  # a window's is dense while it fills
+        torch.testing.assert_close(owner.frequencies, expected, rtol=2e-5, atol=0)
+
+
 @pytest.mark.parametrize("count", range(1, 9))
 @pytest.mark.parametrize("share", [0.08, 0.2])
 def test_a_short_prompt(count, share):
