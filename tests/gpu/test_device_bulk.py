@@ -14,6 +14,7 @@ from sphkv_compile.spec import CacheSpec, Tier
 from sphkv_compile.storage.layout import Layout
 from sphkv_compile.storage.state import BASE, SPANS, Geometry, State
 from sphkv_compile.testing.oracle import shuffled_state
+from sphkv_compile.testing.retained import retained
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a device")]
 B, H, G, PADDING = 2, 2, 4, (0, 9)
@@ -23,6 +24,10 @@ LIMIT = 2.5e-3
 DIMS = (64, 128, 256)
 CASES = [(tier, dim, torch.bfloat16) for tier in ("K8V4", "K8V8", "K4V4", "K4V2", "K3V3", "K2V2") for dim in DIMS]
 CASES += [("K4V4", dim, dtype) for dtype in (torch.float16, torch.float32) for dim in DIMS]
+TWO = ("K4V4", "K4V2")
+MENUS = (TWO, ("K8V4", "K4V4", "K4V2"), ("K4V4", "K3V3", "K2V2"), ("K8V8", "K2V4"))
+KEPT = [(menu, dim, torch.bfloat16) for menu in MENUS for dim in DIMS]
+KEPT += [(TWO, dim, dtype) for dtype in (torch.float16, torch.float32) for dim in DIMS]
 
 
 def make(tier, dim, dtype, capacity, rolling=False):
@@ -115,7 +120,8 @@ def check(state, layout, new, first, base, columns, mask, is_causal):
     assert decode.many_on_device(layout, *new, mask) is not None
     out = decode.attend(*arguments)
     exact = state._replace(exact_k=state.exact_k.float(), exact_v=state.exact_v.float())  # decoded without rounding
-    want = attend_reference(exact, layout, *(x.float() for x in new), first, base, columns, mask, is_causal, None)
+    expected = portable if layout.kept else attend_reference
+    want = expected(exact, layout, *(x.float() for x in new), first, base, columns, mask, is_causal, None)
     gap = float((out.float() - want).norm() / want.norm())
     assert out.dtype == new[0].dtype and gap < LIMIT * (1 if out.dtype != torch.bfloat16 else 1.5), gap
 
@@ -144,6 +150,59 @@ def test_attention_over_masks_and_lengths(kind, count, held):
     mask = masks("none" if is_causal else kind, held, count, 4500)
     columns = held + count if mask is None else 4500
     check(state, layout, part(x, held, held + count), held, 0, columns, mask, is_causal)
+
+
+def kept(menu, x, held, capacity, starts=PADDING):
+    """The first ``held`` tokens in a cache whose heads kept very different shares of them, one of them nothing."""
+    uniform = []
+    for tier in menu:
+        state, layout = make(tier, x[1].shape[3], x[1].dtype, capacity)
+        uniform.append((on_device(state), layout))
+        append(*uniform[-1], *part(x, 0, held), 0, list(starts))
+    draw = torch.rand(2, B, H, capacity, generator=torch.Generator().manual_seed(2))
+    share = torch.tensor([[0.9, 0.2], [0.0, 0.5]]).unsqueeze(-1)
+    return retained(uniform, torch.where(draw[0] < share, (draw[1] * len(menu)).long(), -1))
+
+
+@pytest.mark.parametrize(("menu", "dim", "dtype"), KEPT)
+@pytest.mark.parametrize("count", [2, 17, 256])
+@pytest.mark.parametrize("kind", ["padded", "sliding", "holes"])
+def test_kept_tokens_over_tiers_and_dtypes(menu, dim, dtype, count, kind):
+    x = [t.cuda() for t in tokens(1500 + count, dim, dtype)]
+    state, layout = kept(menu, x, 1500, 1800)
+    check(state, layout, part(x, 1500, 1500 + count), 1500, 0, 1800, masks(kind, 1500, count, 1800), False)
+
+
+@pytest.mark.parametrize("held", [100, 1021, 4096])
+@pytest.mark.parametrize("count", [2, 17, 1200])
+@pytest.mark.parametrize("kind", ["none", "is_causal", "causal", "broadcast"])
+def test_kept_tokens_over_masks_and_lengths(kind, count, held):
+    """A few new tokens over parts of the pages, and more than the portable path takes at once."""
+    x = [t.cuda() for t in tokens(held + count, 128, torch.bfloat16)]
+    state, layout = kept(TWO, x, held, 5500, [0, 0])
+    is_causal = kind == "is_causal"
+    mask = masks("none" if is_causal else kind, held, count, 5500)
+    columns = held + count if mask is None else 5500
+    check(state, layout, part(x, held, held + count), held, 0, columns, mask, is_causal)
+
+
+@pytest.mark.parametrize("group", [1, 3, 7, 8])
+def test_groups_over_kept_tokens(group):
+    x = [t.cuda() for t in tokens(900, 64, torch.float16, group)]
+    state, layout = kept(TWO, x, 800, 1000)
+    check(state, layout, part(x, 800, 900), 800, 0, 1000, masks("padded", 800, 100, 1000), False)
+
+
+def test_the_first_prompt_under_a_budget_is_plain_attention():
+    """Nothing is held yet: 32,768 tokens at once, which the portable path could not."""
+    geometry = Geometry(1, 1, 40000, 64, 64, torch.bfloat16, torch.bfloat16, False, 2)
+    layout = Layout("axis_cosine", tuple(map(Tier.parse, TWO)), 4, 128, 128, 64, 0, "half", 64, "tiles", True)
+    state = on_device(shuffled_state(layout, geometry))
+    q, k, v = (torch.randn(1, h, 32768, 64, device="cuda", dtype=torch.bfloat16) for h in (2, 1, 1))
+    assert decode.many_on_device(layout, q, k, v, None) is not None
+    out = decode.attend(state, layout, q, k, v, 0, 0, 40000, None, True, None)
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    assert torch.equal(out, want)
 
 
 @pytest.mark.parametrize("group", [1, 3, 7, 8])

@@ -45,6 +45,8 @@ CONFIGURATIONS = [  # tier or menu of kept tokens, head_dim, dtype, masked, roll
     ("K4V4/K4V2", 128, torch.bfloat16, False, False),
     ("K8V4/K4V4/K4V2", 128, torch.bfloat16, False, False),
     ("K8V4/K4V4/K4V2", 256, torch.bfloat16, True, False),
+    ("K4V4/K4V2", 64, torch.float32, True, False),
+    ("K8V8/K8V4/K2V4", 64, torch.bfloat16, True, False),
     ("K8V4", 128, torch.bfloat16, False, False),
     ("K8V8", 64, torch.bfloat16, True, False),
     ("K8V4", 256, torch.float16, True, True),
@@ -95,7 +97,7 @@ def launches(capability, tier, dim, dtype, masked, rolling, heads=8, columns=409
         n = len(menu)
         offsets, token = torch.zeros(n, dtype=torch.int32), torch.zeros(n, 64, dtype=torch.uint8)
         moving.move(state, layout, Moves((1,) * n, offsets, offsets, token.int(), token, token))
-        state.held.fill_(1)
+        state.held.fill_(bulk.PART)
         rows, spans = torch.zeros(batch, heads, 512, dim), state.anchors.shape[2]
         bias, exact = torch.zeros(batch, heads, 512, spans), torch.zeros(batch, heads, 512)
         statistics.mean_attention(state, layout, rows, bias, exact, 128, 1000)
@@ -104,11 +106,10 @@ def launches(capability, tier, dim, dtype, masked, rolling, heads=8, columns=409
     bulk.encode(state, layout, torch.zeros(1, dtype=torch.int64), k, v, 4, range(1), 0)
     lo, hi, _ = bulk.extents_of(mask, columns)
     bits = torch.zeros(1, 256, 134, dtype=torch.int32) if masked else None
-    if not layout.kept:
-        bounds = (lo, hi, bits) if masked or rolling else (None, None, None)
-        bulk.over_codes(state, layout, q, k, v, 2000, 0, columns, not masked, None, *bounds)
-        few = (x[:, :, :4] for x in (q, k, v))  # so few queries that a row is cut into parts
-        bulk.over_codes(state, layout, *few, 2000, 0, columns, False, None, lo[:, :4], hi[:, :4], None)
+    bounds = (lo, hi, bits) if masked or rolling else (None, None, None)
+    bulk.over_codes(state, layout, q, k, v, 2000, 0, columns, not masked, None, *bounds)
+    few = (x[:, :, :4] for x in (q, k, v))  # so few queries that a row is cut into parts
+    bulk.over_codes(state, layout, *few, 2000, 0, columns, False, None, lo[:, :4], hi[:, :4], None)
     return calls
 
 

@@ -14,8 +14,9 @@ from sphkv_compile.ops.append import append
 from sphkv_compile.ops.attend import attend
 from sphkv_compile.ops.reference import attend_reference
 from sphkv_compile.spec import Tier
-from sphkv_compile.storage.state import BASE, SPANS, Geometry, State
+from sphkv_compile.storage.state import BASE, FAULT, FROZEN, SPANS, Geometry, State
 from sphkv_compile.testing.oracle import shuffled_state
+from sphkv_compile.testing.retained import retained
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted only where there is no device")
 CAPACITY = 700
@@ -36,8 +37,8 @@ def masks(kind, first, count, columns):
     padded = causal & (column >= torch.tensor([0, 7]).view(B, 1, 1, 1))
     if kind == "padded":
         return padded
-    if kind == "sliding":
-        return padded & (column > row - 100)
+    if kind in ("sliding", "wide"):
+        return padded & (column > row - (100 if kind == "sliding" else 250))
     if kind == "holes":
         return padded & ((column % 7 != 3) | (column == row))
     assert kind == "broadcast"
@@ -73,6 +74,67 @@ def test_attention_against_the_reference(tier, dim, group, dtype, kind, held, co
         out, want = bulk.attend(*arguments), attend_reference(*arguments)
         gap = (out - want).float().norm() / want.float().norm()
         assert out.dtype == dtype and float(gap) < 2e-3  # float16 products; a wrong token gives over 1e-2
+
+
+def kept(menu, dim, x, held, starts, span=inputs.SPAN):
+    """The first ``held`` tokens in a cache whose heads kept very different shares of them, one of them nothing."""
+    uniform = [make(tier, dim, x[1].dtype, span=span) for tier in menu]
+    for state, layout in uniform:
+        append(state, layout, *part(x, 0, held), 0, starts)
+    draw = torch.rand(2, B, inputs.H, CAPACITY, generator=torch.Generator().manual_seed(2))
+    share = torch.tensor([[0.9, 0.2], [0.0, 0.5]]).unsqueeze(-1)
+    return retained(uniform, torch.where(draw[0] < share, (draw[1] * len(menu)).long(), -1))
+
+
+@pytest.mark.parametrize(
+    ("menu", "dim", "group", "dtype", "kind", "held", "count"),
+    [
+        (("K4V4", "K4V2"), 128, 2, torch.float32, "padded", 400, 9),
+        (("K8V4", "K4V4", "K4V2"), 64, 3, torch.float16, "holes", 400, 9),
+        (("K4V4", "K3V3", "K2V2"), 128, 1, torch.float32, "causal", 300, 9),
+        (("K4V4", "K4V2"), 64, 2, torch.float32, "none", 300, 40),
+        (("K4V4",), 64, 4, torch.float32, "wide", 400, 40),
+        (("K4V4", "K4V2"), 64, 2, torch.float32, "sliding", 400, 3),  # in which no coded token is seen
+        (("K8V8", "K2V4"), 256, 1, torch.float32, "broadcast", 300, 3),
+        (("K4V4", "K4V2"), 64, 2, torch.float32, "padded", 100, 9),  # no span has left the window
+    ],
+)
+def test_attention_over_kept_tokens(menu, dim, group, dtype, kind, held, count):
+    """At several tiers, by heads that have from no page to all."""
+    x = tokens(held + count, dim, group, dtype)
+    state, layout = kept(menu, dim, x, held, [0, 7] if kind in ("padded", "holes", "sliding", "wide") else [0, 0])
+    assert held == 100 or (0 in state.held.sum(-1) and int(state.held.sum(-1).max()) > 3)
+    new, mask = part(x, held, held + count), masks(kind, held, count, 700)
+    assert bulk.attend_served(layout, *new, mask)
+    for is_causal in (False, True) if kind in ("none", "causal") else (False,):
+        arguments = state, layout, *new, held, 0, held + count if kind == "none" else 700, mask, is_causal, 0.1
+        out, want = bulk.attend(*arguments), attend(*arguments)
+        gap = (out - want).float().norm(dim=(2, 3)) / want.float().norm(dim=(2, 3))
+        assert out.dtype == dtype and float(gap.max()) < 2e-3, gap  # a token of another place gives over 1e-2
+
+
+@pytest.mark.parametrize("kind", ["none", "wide", "holes"])
+def test_parts_of_kept_pages_add_up(monkeypatch, kind):
+    """Parts of a few pages that begin and end inside tiers, parts of heads that have fewer pages than parts."""
+    monkeypatch.setattr(bulk, "processors", lambda device: 32)
+    monkeypatch.setattr(bulk, "PART", 2)
+    x = tokens(643, 64, 2)
+    state, layout = kept(("K8V4", "K4V4", "K4V2"), 64, x, 640, [0, 7], span=64)
+    assert int(state.held.sum(-1).max()) // bulk.PART == 4
+    mask = masks(kind, 640, 3, 700)
+    arguments = state, layout, *part(x, 640, 643), 640, 0, 643 if kind == "none" else 700, mask, False, None
+    out, want = bulk.attend(*arguments), attend(*arguments)
+    assert float(((out - want).norm(dim=(2, 3)) / want.norm(dim=(2, 3))).max()) < 2e-3
+
+
+def test_a_faulty_row_is_not_a_number_and_no_other():
+    x = tokens(303, 64, 2)
+    state, layout = kept(("K4V4", "K4V2"), 64, x, 300, [0, 7])
+    arguments = state, layout, *part(x, 300, 303), 300, 0, 700, masks("padded", 300, 3, 700), False, None
+    want = bulk.attend(*arguments)
+    state.rows[1, FROZEN] = FAULT
+    out = bulk.attend(*arguments)
+    assert torch.equal(out[0], want[0]) and bool(out[1].isnan().all()) and not bool(want.isnan().any())
 
 
 @pytest.fixture
@@ -196,16 +258,20 @@ def test_parts_of_a_row_add_up(monkeypatch, kind):
     assert float((out - want).norm() / want.norm()) < 2e-3
 
 
-def test_a_large_anchor_does_not_drown_the_residual():
+@pytest.mark.parametrize("menu", [("K4V4",), ("K8V4", "K4V4")], ids=["all", "kept"])
+def test_a_large_anchor_does_not_drown_the_residual(menu):
     """Keys with a constant fifty times their spread: in float16 as a whole, a key would lose its own part."""
-    state, layout = make("K4V4", 128, torch.float32)
     q, k, v = tokens(320, 128, 2)
     k += 100 * torch.ones(128)
-    append(state, layout, *part([q, k, v], 0, 300), 0, [0, 0])
+    if len(menu) > 1:
+        state, layout = kept(menu, 128, [q, k, v], 300, [0, 0])
+    else:
+        state, layout = make(*menu, 128, torch.float32)
+        append(state, layout, *part([q, k, v], 0, 300), 0, [0, 0])
     new = part([q * 0.05, k, v], 300, 320)
     mask = masks("causal", 300, 20, 700)
     arguments = state, layout, *new, 300, 0, 700, mask, False, None
-    out, want = bulk.attend(*arguments), attend_reference(*arguments)
+    out, want = bulk.attend(*arguments), attend(*arguments)
     assert float((out - want).norm() / want.norm()) < 3e-3
 
 
@@ -232,6 +298,7 @@ def test_a_write_into_codes_sees_only_what_lies_before_it():
 def test_what_is_not_served():
     """Additive masks, masks of a head, dtypes that differ, and pages in rows go the portable way."""
     _, layout = make("K4V4", 64)
+    several = replace(layout, tiers=(Tier(4, 4), Tier(4, 2)))
     q, k, v = tokens(4, 64, 2)
     seen = torch.ones(B, 1, 4, 700, dtype=torch.bool)
     assert bulk.attend_served(layout, q, k, v, seen) and bulk.attend_served(layout, q, k, v, None)
@@ -239,14 +306,20 @@ def test_what_is_not_served():
     assert not bulk.attend_served(layout, q, k, v, seen.expand(B, 4, 4, 700))
     assert not bulk.attend_served(layout, q.half(), k, v, seen)
     assert not bulk.attend_served(replace(layout, packing="rows"), q, k, v, seen)
+    assert bulk.attend_served(replace(several, kept=True), q, k, v, seen)
+    assert not bulk.attend_served(several, q, k, v, seen)
 
 
-def test_only_a_causal_mask_goes_to_the_library(monkeypatch):
+@pytest.mark.parametrize("budget", [False, True], ids=["all", "kept"])
+def test_only_a_causal_mask_goes_to_the_library(monkeypatch, budget):
     """The library's kernels are asked for plain causal attention alone; a mask that merely resembles it is not that."""
     asked = []
     monkeypatch.setattr(bulk, "_alone", lambda q, k, v, is_causal, scale: asked.append(is_causal) or q)
     state, layout = make("K4V4", 64)
     x = tokens(20, 64, 1)
+    if budget:
+        layout = replace(layout, tiers=(Tier(4, 4), Tier(4, 2)), kept=True)
+        state = shuffled_state(layout, Geometry(B, inputs.H, CAPACITY, 64, 64, *2 * (torch.float32,), False))
     for kind, is_causal, expected in (
         ("none", False, [False]), ("none", True, [True]), ("causal", False, [True]), ("padded", False, []),
         ("holes", False, []), ("causal", True, []),

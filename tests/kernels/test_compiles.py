@@ -40,6 +40,9 @@ EIGHT = {
 }
 """The same at eight bits, whose levels and borders are looked up by addresses of two registers each; the most of
 ``prefill`` is that of head_dim 256."""
+THREE_EIGHT = 1268
+"""The same of ``prefill`` over kept tokens of three tiers, one of eight bits, at head_dim 256, beside a mask with
+holes; 776 without one."""
 MANY = 132
 """The same of ``append`` where a program has several kv heads, whose spans it encodes one after the other."""
 BLACKWELL = {"append": 400, "encode_spans": 304, "prefill": 64}
@@ -55,6 +58,8 @@ def allowed(kernel, configuration, capability):
             return THREE
         crowded = masked or dim == 256 or "8" in tier or ("/" in tier and capability < 89)
         return DECODE[capability] if crowded else 0
+    if kernel == "prefill" and dim == 256 and tier.count("/") == 2 and capability == 90:
+        return THREE_EIGHT
     if "8" in tier and capability >= 89:
         return EIGHT[capability].get(kernel, 0)
     if dim == 256:

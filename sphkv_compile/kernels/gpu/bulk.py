@@ -12,7 +12,15 @@ from torch import Tensor
 from sphkv_compile.kernels.gpu import words
 from sphkv_compile.kernels.gpu.decode import LOG2E
 from sphkv_compile.kernels.gpu.encode import encode_spans
-from sphkv_compile.kernels.gpu.launch import borders_of, converts, encoding_block, levels_of, processors, signs_of
+from sphkv_compile.kernels.gpu.launch import (
+    borders_of,
+    converts,
+    encoding_block,
+    levels_of,
+    menu_of,
+    processors,
+    signs_of,
+)
 from sphkv_compile.kernels.gpu.prefill import extents, prefill, turn_queries
 from sphkv_compile.storage.layout import Layout
 from sphkv_compile.storage.state import START, State
@@ -53,8 +61,7 @@ def attend_served(layout: Layout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor 
     """Whether :func:`attend` is made for such a call."""
     return (
         layout.tiled
-        and not layout.kept
-        and len(layout.tiers) == 1
+        and (layout.kept or len(layout.tiers) == 1)
         and q.dtype == k.dtype == v.dtype
         and q.dtype in TYPES
         and (mask is None or (mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1))
@@ -152,7 +159,6 @@ def over_codes(
     b, hq, t, d = q.shape
     h, device = k.shape[1], q.device
     g = hq // h
-    (tier,) = layout.tiers
     signs, twin = signs_of(layout, d, device), not converts(device)
     single = q.dtype == torch.float32
     # as many query rows and exact tokens at once as registers allow
@@ -160,24 +166,26 @@ def over_codes(
     block = 32 if single or twin or d == 256 or bits is not None else 64
     warps = 4 if rows == 64 else 8  # four of Hopper's share 64 rows of a product: four more would read past them
     qscale = (d**-0.5 if scale is None else scale) * LOG2E
+    step = 1.0 if layout.kept else words.step(layout.tiers[0].k_bits)  # each kept tier has its own
+    menu = {name: each for name, each in menu_of(layout.tiers).items() if name != "WEIGHTS"}
     turned = torch.empty(b * h, t * g, d, dtype=torch.float16, device=device)
     blocks, pages = triton.cdiv(t * g, rows) * b * h, max(1, state.table.shape[2])
-    parts = max(1, min(processors(device) // blocks, pages // PART))
+    used = int(state.held.sum(-1).max()) if layout.kept else pages  # kept, they may be few of those there is room for
+    parts = max(1, min(processors(device) // blocks, used // PART))
     split = parts > 1
     out = torch.empty(parts, b, hq, t, d, dtype=torch.float32 if split else q.dtype, device=device)
     lse = torch.empty(parts, b, hq, t if split else 0, dtype=torch.float32, device=device)
     bounds = tuple(state.rows if x is None else x for x in (lo, hi, bits))  # what is not there is not read
     turn_queries[(triton.cdiv(t * g, 32), b * h)](
-        q, state.pair_scale, signs, turned, t, qscale * words.step(tier.k_bits), *q.stride()[:3], h,
+        q, state.pair_scale, signs, turned, t, qscale * step, *q.stride()[:3], h,
         G=g, D=d, ROWS=32, num_warps=4,
     )  # fmt: skip
     prefill[(triton.cdiv(t * g, rows), b * h, parts)](
-        q, k, v, turned, state.arena.view(torch.int32), words.level_table(device), state.table, state.anchors,
-        state.span_scales, state.exact_k, state.exact_v, signs, state.rows, *bounds, out, lse,
+        q, k, v, turned, state.arena.view(torch.int32), words.level_table(device), state.table, state.held,
+        state.anchors, state.span_scales, state.exact_k, state.exact_v, signs, state.rows, *bounds, out, lse,
         first, base, columns, t, qscale, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *_steps(lo), *_steps(bits), h, max(1, state.anchors.shape[2]), pages,
-        G=g, D=d, KB=tier.k_bits, VB=tier.v_bits, SPAN=layout.span, SINK=layout.sink, RING=layout.ring,
-        KSTEP=words.step(tier.k_bits), VSTEP=words.step(tier.v_bits),
+        G=g, D=d, **menu, SPAN=layout.span, SINK=layout.sink, RING=layout.ring, KEPT=layout.kept,
         TWIN=twin, CAUSAL=is_causal, BOUNDED=lo is not None, MASKED=bits is not None,
         PRECISION="tf32x3" if single else "tf32", ROWS=rows, BLOCK=block, STAGES=2, SPLIT=split,
         num_stages=2, num_warps=warps,

@@ -3,7 +3,8 @@
 A program owns ROWS query rows of one kv head: its G query heads take turns, row r is head r % G of token r // G, so
 that a page is decoded once for all of them. A page's keys are decoded to float16 with their radius in them, and their
 anchor's product is added to theirs; its values are summed in the turned frame and turned back before the exact tokens
-are added, under the same running maximum.
+are added, under the same running maximum. Pages of kept tokens are visited tier by tier; what a query sees of them, and
+which anchors theirs are, follows from the position of each token.
 
 All logits are in units of log 2. What a query may see is an interval of columns, from a mask too where its rows are
 intervals (causal, left-padded, sliding); only a mask with holes is looked at beside every key, a bit for each.
@@ -16,7 +17,7 @@ import triton.language as tl
 from triton.language.core import constexpr
 
 from sphkv_compile.kernels.gpu.decode import EMPTY, FAULT, FROZEN, HIDDEN, WIDTH, coded_range, hadamard, place
-from sphkv_compile.kernels.gpu.words import elements
+from sphkv_compile.kernels.gpu.words import elements, integers
 
 
 @triton.jit
@@ -196,6 +197,61 @@ def coded_pages(
 
 
 @triton.jit
+def shown_at(BITS, column):
+    """What a mask shows of any columns. Shapes: ``BITS`` pointers[ROWS] to rows, int32[N] -> bool[ROWS, N]."""
+    word = tl.load(BITS[:, None] + ((column + 64) // 32)[None, :])
+    return ((word >> (column % 32)[None, :]) & 1) != 0
+
+
+@triton.jit
+def kept_pages(
+    q, top, total, acc, WORDS, LEVELS, TABLE, ANCHORS, STEPS, bits, lo, hi, begin, base, low, stop, page, end, edge,
+    D: constexpr, KB: constexpr, VB: constexpr, SPAN: constexpr, KSTEP: constexpr, RATIO: constexpr,
+    TWIN: constexpr, MASKED: constexpr, STAGES: constexpr,
+):  # fmt: skip
+    """Pages ``page``..``end`` of kept tokens of one tier, in any order; values in units of their step over ``RATIO``.
+
+    A page's tokens may be of as many spans: their anchors are gathered, a row for each, and multiplied as the keys are.
+    Products made before, gathered for each query and token, would be four times the bytes, and memory of their own.
+
+    Args:
+        edge: some of what is held is hidden from some rows.
+    """
+    WORDS_K: constexpr = 2 * KB * D
+    WORDS_V: constexpr = 2 * VB * D
+    d = tl.arange(0, D)
+    i = tl.arange(0, 64)
+    if page < end:
+        unit = tl.load(TABLE + page)
+        for t in tl.range(page, end, num_stages=STAGES):
+            unit_ahead = tl.load(TABLE + tl.minimum(t + 1, end - 1))
+            words = WORDS + unit.to(tl.int64) * 16
+            meta = tl.load(words + WORDS_K + WORDS_V + i)
+            token = tl.load(words + WORDS_K + WORDS_V + 64 + i) - begin
+            there = (token >= low) & (token < stop)  # an empty slot has a negative position
+            span = tl.where(there, token, 0).to(tl.uint32) // SPAN
+            radius = (meta & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+            weight = (meta >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * RATIO
+            anchors = integers(tl.load(ANCHORS + span[:, None] * D + d[None, :]), TWIN)
+            # four times each: so few as the tokens are, every thread would load those of all its columns
+            scale = tl.load(STEPS + span[:, None] * 2 + tl.zeros([1, 4], tl.int32)).to(tl.float32)
+            scale = tl.max(scale, 1) * (1.0 / KSTEP)
+            x = tl.dot(q, tl.trans(anchors)) * scale[None, :] + tl.where(there, 0.0, HIDDEN)[None, :]
+            k = tile(words, LEVELS, KB, D, False, TWIN) * radius[:, None]
+            x = tl.dot(q, tl.trans(k), x) * KSTEP
+            column = token + (begin - base)
+            if MASKED:
+                x = tl.where(shown_at(bits, tl.where(there, column, 0)), x, HIDDEN)
+            if edge:
+                x = tl.where((column[None, :] >= lo[:, None]) & (column[None, :] < hi[:, None]), x, HIDDEN)
+            p, top, total, shrink = weigh(x, top, total)
+            v = tile(words + WORDS_K, LEVELS, VB, D, True, TWIN)
+            acc = tl.dot((p * weight[None, :]).to(tl.float16), tl.trans(v), acc * shrink[:, None])
+            unit = unit_ahead
+    return top, total, acc
+
+
+@triton.jit
 def exact_tokens(q, k, v, top, total, acc, seen, qscale, PRECISION: constexpr):
     """Exact tokens into the softmax. Shapes: ``k`` / ``v`` [N, D], ``seen`` bool[ROWS, N]."""
     x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qscale
@@ -205,11 +261,12 @@ def exact_tokens(q, k, v, top, total, acc, seen, qscale, PRECISION: constexpr):
 
 @triton.jit(do_not_specialize=["first", "base_", "columns", "T"])
 def prefill(
-    Q, K, V, TURNED, WORDS, LEVELS, TABLE, ANCHORS, STEPS, EXACT_K, EXACT_V, SIGNS, COUNTERS, LO, HI, BITS, OUT, LSE,
+    Q, K, V, TURNED, WORDS, LEVELS, TABLE, HELD, ANCHORS, STEPS, EXACT_K, EXACT_V, SIGNS, COUNTERS, LO, HI, BITS, OUT,
+    LSE,
     first, base_, columns, T, qscale, q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token,
     bound_row, bound_token, bits_row, bits_token, H, NS, NP,
-    G: constexpr, D: constexpr, KB: constexpr, VB: constexpr, SPAN: constexpr, SINK: constexpr, RING: constexpr,
-    KSTEP: constexpr, VSTEP: constexpr, TWIN: constexpr,
+    G: constexpr, D: constexpr, KBITS: constexpr, VBITS: constexpr, KSTEPS: constexpr, VSTEPS: constexpr,
+    SPAN: constexpr, SINK: constexpr, RING: constexpr, KEPT: constexpr, TWIN: constexpr,
     CAUSAL: constexpr, BOUNDED: constexpr, MASKED: constexpr, PRECISION: constexpr,
     ROWS: constexpr, BLOCK: constexpr, STAGES: constexpr, SPLIT: constexpr,
 ):  # fmt: skip
@@ -219,11 +276,14 @@ def prefill(
 
     Args:
         first: position of the first new token; base_: of column 0.
+        KBITS, VBITS, KSTEPS, VSTEPS: of each tier, narrowest first; there is one unless KEPT.
 
     Shapes: ``Q`` [B, H * G, T, D], ``K`` / ``V`` [B, H, T, D], ``TURNED`` float16[B * H, T * G, D], in units of
-    1 / KSTEP, ``LO`` / ``HI`` int32[B or 1, T or 1], ``BITS`` int32[B or 1, T or 1, words] -> ``OUT`` [B,
-    H * G, T, D], contiguous; if SPLIT float32[parts, B, H * G, T, D] and ``LSE`` float32[parts, B, H * G, T].
+    1 / KSTEP unless KEPT, ``HELD`` int32[B, H, tiers], ``LO`` / ``HI`` int32[B or 1, T or 1], ``BITS`` int32[B or 1,
+    T or 1, words] -> ``OUT`` [B, H * G, T, D], contiguous; if SPLIT float32[parts, B, H * G, T, D] and ``LSE``
+    float32[parts, B, H * G, T].
     """
+    TIERS: constexpr = len(KBITS)
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the last rows see most: they begin first
     bh = tl.program_id(1).to(tl.int64)
     b = bh // H
@@ -246,8 +306,16 @@ def prefill(
     acc = tl.zeros([ROWS, D], tl.float32)
     low, stop = coded_range(begin, spans, first, base, NS, SPAN)
     shift = base - begin  # token = column + shift
-    page = tl.maximum(low, tl.min(lo, 0) + shift) // 64
-    end = (tl.maximum(tl.minimum(stop, tl.max(hi, 0) + shift), 0) + 63) // 64
+    if KEPT:  # a page may hold any tokens: all are visited
+        stop = tl.minimum(stop, columns.to(tl.int32) + shift)
+        page = 0
+        end = 0
+        for tier in tl.static_range(TIERS):
+            end += tl.load(HELD + bh * TIERS + tier)
+        end = tl.where((low < stop) & (tl.min(lo, 0) + shift < stop) & (tl.max(hi, 0) + shift > low), end, 0)
+    else:
+        page = tl.maximum(low, tl.min(lo, 0) + shift) // 64
+        end = (tl.maximum(tl.minimum(stop, tl.max(hi, 0) + shift), 0) + 63) // 64
     part = tl.program_id(2)
     last = part == tl.num_programs(2) - 1
     if SPLIT:
@@ -256,28 +324,40 @@ def prefill(
         end = tl.minimum(page + share, end)
     if page < end:
         q = tl.load(TURNED + (bh * T * G + (t * G + g))[:, None] * D + d[None, :])
-        # pages that every row sees whole need no comparisons
-        whole = (tl.maximum(low, tl.max(lo, 0) + shift) + 63) // 64
-        after = tl.maximum(tl.minimum(stop, tl.min(hi, 0) + shift), 0) // 64
-        whole = tl.minimum(tl.maximum(whole, page), end)
-        after = tl.maximum(tl.minimum(after, end), whole)
-        if MASKED:
-            after = whole
         heads = TABLE + bh * NP
         anchors = ANCHORS + bh * NS * D
         steps = STEPS + bh * NS * 2
-        top, total, acc = coded_pages(
-            q, top, total, acc, WORDS, LEVELS, heads, anchors, steps, bits, lo, hi, begin, base, low, stop,
-            page, end, whole, after - whole, NS, NP, D, KB, VB, SPAN, KSTEP, TWIN,
-            True, MASKED, STAGES,
-        )  # fmt: skip
-        if not MASKED:
+        if KEPT:
+            edge = (tl.max(lo, 0) + shift > low) | (tl.min(hi, 0) + shift < stop)
+            before = 0
+            for tier in tl.static_range(TIERS):
+                after = before + tl.load(HELD + bh * TIERS + TIERS - 1 - tier)
+                top, total, acc = kept_pages(
+                    q, top, total, acc, WORDS, LEVELS, heads, anchors, steps, bits, lo, hi, begin, base, low, stop,
+                    tl.maximum(page, before), tl.minimum(end, after), edge, D, KBITS[tier], VBITS[tier], SPAN,
+                    KSTEPS[tier], VSTEPS[tier] / VSTEPS[0], TWIN, MASKED, STAGES,
+                )  # fmt: skip
+                before = after
+        else:
+            # pages that every row sees whole need no comparisons
+            whole = (tl.maximum(low, tl.max(lo, 0) + shift) + 63) // 64
+            after = tl.maximum(tl.minimum(stop, tl.min(hi, 0) + shift), 0) // 64
+            whole = tl.minimum(tl.maximum(whole, page), end)
+            after = tl.maximum(tl.minimum(after, end), whole)
+            if MASKED:
+                after = whole
             top, total, acc = coded_pages(
                 q, top, total, acc, WORDS, LEVELS, heads, anchors, steps, bits, lo, hi, begin, base, low, stop,
-                whole, after, after, 0, NS, NP, D, KB, VB, SPAN, KSTEP, TWIN,
-                False, False, STAGES,
+                page, end, whole, after - whole, NS, NP, D, KBITS[0], VBITS[0], SPAN, KSTEPS[0], TWIN,
+                True, MASKED, STAGES,
             )  # fmt: skip
-        acc = hadamard(acc, ROWS, D) * (VSTEP * D**-0.5 * tl.load(SIGNS + d))[None, :]
+            if not MASKED:
+                top, total, acc = coded_pages(
+                    q, top, total, acc, WORDS, LEVELS, heads, anchors, steps, bits, lo, hi, begin, base, low, stop,
+                    whole, after, after, 0, NS, NP, D, KBITS[0], VBITS[0], SPAN, KSTEPS[0], TWIN,
+                    False, False, STAGES,
+                )  # fmt: skip
+        acc = hadamard(acc, ROWS, D) * (VSTEPS[0] * D**-0.5 * tl.load(SIGNS + d))[None, :]
 
     q = tl.load(Q + b * q_row + (bh % H * G + g)[:, None] * q_head + t.to(tl.int64)[:, None] * q_token + d[None, :])
     if held & last:
