@@ -101,7 +101,7 @@ def _served(layout: Layout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
     return (
         q.device.type == "cpu"
         and layout.codec == "axis_cosine"
-        and not layout.kept
+        and not layout.tiled
         and layout.page % 16 == 0  # so that what a vector reads past a page's last code is the page's own metadata
         and q.shape[3] % 8 == v.shape[3] % 8 == 0
         and q.dtype in types

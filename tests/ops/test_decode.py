@@ -11,7 +11,7 @@ import itertools
 import math
 import platform
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import pytest
 import torch
@@ -19,16 +19,18 @@ from torch import Tensor
 
 from sphkv_compile.codecs.axis_cosine import AxisCosine
 from sphkv_compile.kernels.cpu import binding
+from sphkv_compile.ops import attend as blockwise
 from sphkv_compile.ops import decode, schema
 from sphkv_compile.ops.append import HIDDEN
 from sphkv_compile.ops.append import append as append_python
-from sphkv_compile.ops.pages import read_pages, span_slots, write_pages
+from sphkv_compile.ops.pages import Pages, pages_in_use, read_pages, span_slots, with_positions, write_pages
 from sphkv_compile.ops.read import exact_positions
 from sphkv_compile.ops.reference import attend_reference
 from sphkv_compile.spec import BITS, PASSTHROUGH, Tier
 from sphkv_compile.storage.layout import UNIT, Layout
 from sphkv_compile.storage.state import BASE, START, Geometry, State, empty_state
 from sphkv_compile.testing.oracle import attention
+from sphkv_compile.testing.retained import retained
 
 LIBRARY = binding.library()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="no C++ compiler: there is no fused kernel to test")
@@ -113,6 +115,51 @@ class Cache:
         return causal & (column >= torch.tensor(self.padding).view(-1, 1, 1, 1))
 
 
+@dataclass
+class Kept(Cache):
+    """One whose heads kept some of their tokens at each of the tiers, in any order; what is not in use is garbage.
+
+    ``shares``: of the tokens that are kept, row by row and head by head, in turn.
+    """
+
+    tiers: tuple[Tier, ...] = (Tier(8, 4), Tier(4, 4), Tier(4, 2))
+    shares: tuple[float, ...] = (0.7, 0.2, 0.0, 0.5)
+
+    @property
+    def layout(self) -> Layout:
+        return replace(super().layout, kept=True)
+
+    def filled(self, dtype: torch.dtype) -> State:
+        same = {f.name: getattr(self, f.name) for f in fields(Cache) if f.init}
+        caches = [Cache(**{**same, "tiers": (tier,)}) for tier in self.tiers]
+        each = [(cache.state if dtype == self.dtype else cache.twin, cache.layout) for cache in caches]
+        heads = self.batch * self.heads
+        share = torch.tensor(self.shares * heads)[:heads].view(self.batch, self.heads, 1)
+        tokens = each[0][0].table.shape[2] * self.page
+        draw = torch.rand(self.batch, self.heads, tokens, generator=torch.Generator().manual_seed(4))
+        choice = torch.where(draw < share, (draw / share * len(self.tiers)).long(), -1)
+        return _spoiled(*retained(each, choice))
+
+
+def _spoiled(state: State, layout: Layout) -> State:
+    """Its pages in use alone, some empty slots before their tokens; these and all else in the arena are not a number in
+    any float format, and places of the tables behind them name a page that would be seen twice."""
+    used, tiers, table = pages_in_use(state), state.tiers.clone(), state.table.clone()
+    for page in used.nonzero()[:1]:
+        tiers[~used], table[~used] = state.tiers[tuple(page)], state.table[tuple(page)]
+    spoiled = state._replace(arena=torch.full_like(state.arena, 255), tiers=tiers, table=table)
+    for index, tier in enumerate(layout.tiers):
+        offsets = state.table[used & (state.tiers == index)]
+        pages = read_pages(state, layout, tier, offsets)
+        empty = pages.position.contiguous().view(torch.int32) < 0  # whose position is 255s as well
+        pages = Pages(*(part.masked_fill(empty, 255).roll(3, -2) for part in pages))
+        write_pages(spoiled, layout, tier, offsets, pages)
+    return spoiled
+
+
+KINDS = pytest.mark.parametrize("kind", [Cache, Kept], ids=["all tokens", "kept tokens"])
+
+
 # ---- the same in float64 ---------------------------------------------------------------------------------------------
 
 
@@ -158,6 +205,7 @@ def _held(cache: Cache, state: State, row: int, head: int, first: int):
 def _attend64(cache: Cache, state: State, q, k, v, first, base, columns, mask, is_causal, scale) -> Tensor:
     """Attention in float64 over ``columns`` columns; those that hold no token are zero keys, as in a dense buffer."""
     batch, heads, count = k.shape[:3]
+    state = with_positions(state, cache.layout)
     keys = torch.zeros(batch, heads, columns, k.shape[3], dtype=torch.float64)
     values = torch.zeros(batch, heads, columns, v.shape[3], dtype=torch.float64)
     for b, h in itertools.product(range(batch), range(heads)):
@@ -169,10 +217,26 @@ def _attend64(cache: Cache, state: State, q, k, v, first, base, columns, mask, i
     return attention(q, keys, values, mask, is_causal, scale)
 
 
+def _of_held(cache: Cache, mask: Tensor | None, first: int, base: int, columns: int) -> Tensor:
+    """The mask without the columns whose tokens a head dropped: a dense buffer has zeros there, and would show them."""
+    held = torch.zeros(cache.batch, cache.heads, columns, dtype=torch.bool)
+    held[..., first - base :] = True
+    state = with_positions(cache.twin, cache.layout)
+    for b, h in itertools.product(range(cache.batch), range(cache.heads)):
+        for position, *_ in _held(cache, state, b, h, first):
+            seen = (position >= base) & (position < base + columns)
+            held[b, h, position[seen] - base] = True
+    held = held.repeat_interleave(cache.group, 1).unsqueeze(2)
+    if mask is None:
+        return held
+    return mask & held if mask.dtype == torch.bool else torch.where(held, mask, -math.inf)
+
+
 def _compare(
     cache: Cache, q, k, v, mask=None, is_causal=False, scale=None, first=None, base=0, library=LIBRARY
 ) -> None:
-    """Run the kernel, and hold it to the float32 specification's own error against float64.
+    """Run the kernel, and hold it to the float32 specification's own error against float64; over kept tokens, the
+    block-wise path too.
 
     Tolerance: MARGIN times the largest error of the specification, which evaluates the same sums in float32, plus one
     rounding to the output's dtype.
@@ -183,16 +247,21 @@ def _compare(
     else:
         columns = cache.capacity
     arguments = (cache.layout, q, k, v, first, base, columns, mask, is_causal, scale)
-    found = binding.attend(library, cache.state, *arguments, HIDDEN)
+    results = [binding.attend(library, cache.state, *arguments, HIDDEN)]
+    if cache.layout.kept:
+        results.append(blockwise.attend(cache.state, *arguments))
+        mask = _of_held(cache, mask, first, base, columns)
+        arguments = (cache.layout, q, k, v, first, base, columns, mask, is_causal, scale)
     exact = _attend64(cache, cache.twin, *arguments[1:])
     layout, *rest = arguments
     wide = [x.float() if isinstance(x, Tensor) and x.dtype != torch.bool else x for x in rest]
     specification = attend_reference(cache.twin, layout, *wide)
     allowed = MARGIN * (specification.double() - exact).abs().max()
     rounding = exact.abs() * (torch.finfo(q.dtype).eps / 2 if q.dtype != torch.float32 else 0)
-    error = (found.double() - exact).abs()
-    assert found.dtype == q.dtype and found.shape == exact.shape
-    assert bool((error <= allowed + rounding).all()), f"error {error.max():.3g}, allowed {allowed:.3g}"
+    for found in results:
+        error = (found.double() - exact).abs()
+        assert found.dtype == q.dtype and found.shape == exact.shape
+        assert bool((error <= allowed + rounding).all()), f"error {error.max():.3g}, allowed {allowed:.3g}"
 
 
 # ---- tests -----------------------------------------------------------------------------------------------------------
@@ -216,11 +285,12 @@ def test_head_dims(dim: int, v_dim: int, tier: Tier):
     _compare(cache, *cache.new(2), mask=cache.mask(2))
 
 
+@KINDS
 @pytest.mark.parametrize("group", [1, 3, 4, 5, 8])
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_groups_and_new_tokens(group: int, count: int):
+def test_groups_and_new_tokens(kind, group: int, count: int):
     """Bug: query rows ordered wrongly, or a remainder of the blocks of rows lost."""
-    cache = Cache(group=group, tiers=(Tier(4, 3),))
+    cache = kind(group=group, tiers=(Tier(4, 3),))
     _compare(cache, *cache.new(count), mask=cache.mask(count))
 
 
@@ -269,38 +339,43 @@ def _masks(cache: Cache, count: int):
     yield "additive float16", torch.where(causal, bias[:, :1], -math.inf).half()
 
 
+@KINDS
 @pytest.mark.parametrize("which", range(8))
 @pytest.mark.parametrize("count", [1, 3])
-def test_masks(which: int, count: int):
+def test_masks(kind, which: int, count: int):
     """Bug: a stride of a broadcast dimension, a column taken for a position, a bias left out or added twice."""
-    cache = Cache()
+    cache = kind()
     _name, mask = list(_masks(cache, count))[which]
     _compare(cache, *cache.new(count), mask=mask)
 
 
-def test_no_mask_and_scale():
+@KINDS
+def test_no_mask_and_scale(kind):
     """Bug: the default scale used although one is given; a column past the newest token read."""
-    cache = Cache(padding=(0, 0))
+    cache = kind(padding=(0, 0))
     _compare(cache, *cache.new(1), scale=0.3)
 
 
+@KINDS
 @pytest.mark.parametrize("base", [0, 7])
-def test_is_causal_is_aligned_to_the_top_left(base: int):
+def test_is_causal_is_aligned_to_the_top_left(kind, base: int):
     """Bug: causality counted from the newest token, as a cache would like it, and not as SDPA defines it."""
-    cache = Cache(padding=(0, 0))
+    cache = kind(padding=(0, 0))
     q, k, v = cache.new(4)
     _compare(cache, q, k, v, is_causal=True, base=base)
 
 
-def test_left_padding_starts_spans_where_the_row_starts():
+@KINDS
+def test_left_padding_starts_spans_where_the_row_starts(kind):
     """Bug: anchors or ring slots of row 0 used for a row that starts later."""
-    cache = Cache(batch=3, padding=(0, 5, 63))
+    cache = kind(batch=3, padding=(0, 5, 63))
     _compare(cache, *cache.new(2), mask=cache.mask(2))
 
 
-def test_row_that_is_all_padding():
+@KINDS
+def test_row_that_is_all_padding(kind):
     """Bug: a row without a start reads slots as if position -1 were one."""
-    cache = Cache(padding=(0, 10_000))
+    cache = kind(padding=(0, 10_000))
     mask = cache.mask(1)
     mask[1, ..., cache.length] = True  # it sees only its own new token
     _compare(cache, *cache.new(1), mask=mask)
@@ -326,10 +401,11 @@ def test_rolling_window(length: int):
     _compare(cache, *cache.new(1), mask=cache.mask(1, base=base), base=base)
 
 
+@KINDS
 @pytest.mark.parametrize("back", [1, 9, 40, 120])
-def test_write_that_steps_back(back: int):
+def test_write_that_steps_back(kind, back: int):
     """Bug: tokens at or after the write are still seen, in the ring or in pages."""
-    cache = Cache()
+    cache = kind()
     at = cache.length - back
     _compare(cache, *cache.new(2, at), mask=cache.mask(2, at), first=at)
 
@@ -355,6 +431,22 @@ def test_mixed_tiers():
     _compare(mixed, *mixed.new(2), mask=mixed.mask(2))
 
 
+@pytest.mark.parametrize("menu", ["K4V4", "K4V4/K4V2", "K8V8/K3V8/K2V4", "K4V3/K3V2/K2V2", "K16V16/K16V4/K8V2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim, v_dim, page", [(64, 64, 16), (80, 24, 32)])
+def test_menus_of_kept_tokens(menu: str, dtype: torch.dtype, dim: int, v_dim: int, page: int):
+    """Bug: positions sought where another tier has them, a page's table of tiers counted from the wrong end."""
+    cache = Kept(tiers=tuple(map(Tier.parse, menu.split("/"))), dtype=dtype, dim=dim, v_dim=v_dim, page=page)
+    _compare(cache, *cache.new(2), mask=cache.mask(2))
+
+
+@pytest.mark.parametrize("shares", [(0.0,), (0.02,), (0.8,)], ids=str)
+def test_heads_that_keep_little_or_much(shares: tuple[float, ...]):
+    """Bug: a page of a token or two read whole, or pages that are not in use."""
+    cache = Kept(shares=shares, length=300, capacity=400)
+    _compare(cache, *cache.new(1), mask=cache.mask(1))
+
+
 @pytest.mark.parametrize("tier", [Tier(4, 4), Tier(8, 16), Tier(16, 3)], ids=str)
 def test_dropped_tokens_and_pages_of_two_spans(tier: Tier):
     """Bug: one anchor for a whole page although retention moved tokens together; an empty slot read (0 * NaN)."""
@@ -375,36 +467,34 @@ def test_dropped_tokens_and_pages_of_two_spans(tier: Tier):
         state.table[:, 1, 1] = -1
     mask = cache.mask(2).expand(-1, cache.heads * cache.group, -1, -1).clone()
     mask &= torch.rand(mask.shape, generator=torch.Generator().manual_seed(3)) > 0.3
-    for b, h in itertools.product(range(cache.batch), range(cache.heads)):  # a dense buffer would show dropped columns
-        held = torch.cat([position for position, *_ in _held(cache, cache.twin, b, h, cache.length)])
-        gone = torch.ones(cache.capacity, dtype=torch.bool)
-        gone[held] = False
-        gone[cache.length :] = False
-        mask[b, h * cache.group : (h + 1) * cache.group] &= ~gone
-    _compare(cache, *cache.new(2), mask=mask)
+    _compare(cache, *cache.new(2), mask=_of_held(cache, mask, cache.length, 0, cache.capacity))
 
 
+@KINDS
 @pytest.mark.parametrize("batch, heads", [(1, 1), (2, 3)])
-def test_threads_split_the_pages(batch: int, heads: int, monkeypatch):
-    """Bug: partial results of a split lost, counted twice, or combined without their maxima."""
-    cache = Cache(batch=batch, heads=heads, padding=(0, 5)[:batch], length=900, capacity=1024)
+def test_threads_split_the_pages(kind, batch: int, heads: int, monkeypatch):
+    """Bug: partial results of a split lost, counted twice, or combined without their maxima; every head split as the
+    one with the most pages is."""
+    cache = kind(batch=batch, heads=heads, padding=(0, 5)[:batch], length=900, capacity=1024)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # what the kernel is told; all else keeps one thread
     _compare(cache, *cache.new(1), mask=cache.mask(1))
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="elsewhere all tests run this path")
-@pytest.mark.parametrize("tier", [Tier(4, 4), Tier(3, 2), Tier(8, 16)], ids=str)
-def test_portable_path(tier: Tier):
+@pytest.mark.parametrize("menu", ["K4V4", "K3V2", "K8V16", "K8V4/K4V4/K4V2"])
+def test_portable_path(menu: str):
     """Bug: the code for machines without AVX2 decodes differently; nobody with AVX2 would see it."""
-    cache = Cache(tiers=(tier,))
+    tiers = tuple(map(Tier.parse, menu.split("/")))
+    cache = (Kept if len(tiers) > 1 else Cache)(tiers=tiers)
     portable = binding.build((*binding.FLAGS, "-mno-avx", "-Wno-psabi"))
     _compare(cache, *cache.new(2), mask=cache.mask(2), library=portable)
 
 
+@KINDS
 @pytest.mark.parametrize("group, count", [(3, 41), (40, 3)])
-def test_prefill_runs_in_blocks_of_queries(group: int, count: int):
+def test_prefill_runs_in_blocks_of_queries(kind, group: int, count: int):
     """Bug: a block of query rows written to another's place, or causal rows counted from the block's first."""
-    cache = Cache(group=group, length=110)
+    cache = kind(group=group, length=110)
     cache.length -= count  # what the cache holds past the write is dropped
     q, k, v = cache.new(count)
     _compare(cache, q, k, v, mask=cache.mask(count))
@@ -442,6 +532,8 @@ def test_dispatch(monkeypatch):
 
     q, k, v = cache.new(2)
     assert served(cache, q, k, v, cache.mask(2))
+    assert served(Kept(), q, k, v, cache.mask(2))
+    assert not decode._served(replace(cache.layout, packing="tiles"), q, k, v, None)
     assert not served(cache, q.double(), k, v, cache.mask(2))
     assert not served(cache, q, k.double(), v, cache.mask(2))
     assert not served(cache, q, k, v, torch.where(cache.mask(2), 0.0, -math.inf).double())
@@ -482,10 +574,11 @@ def test_build_failure_falls_back_with_one_warning(monkeypatch):
     assert torch.allclose(out, expected, atol=1e-5)
 
 
-def test_self_check_failure_falls_back_with_a_warning(monkeypatch):
-    """Bug: a library that computes nonsense on this machine is used all the same."""
+@pytest.mark.parametrize("kept", [False, True])
+def test_self_check_failure_falls_back_with_a_warning(kept: bool, monkeypatch):
+    """Bug: a library that computes nonsense on this machine, of some pages alone, is used all the same."""
     real = binding.attend
-    monkeypatch.setattr(binding, "attend", lambda *a: real(*a) * 1.01)
+    monkeypatch.setattr(binding, "attend", lambda *a: real(*a) * (1.01 if a[2].kept == kept else 1))
     decode.checked_library.cache_clear()
     try:
         with pytest.warns(UserWarning, match="differs from the block-wise path"):

@@ -30,7 +30,7 @@ _BOOL, _NONE = 3, 4
 FLAGS = ("-ffp-contract=fast",)
 """Inductor turns fused multiply-adds off for its own kernels, which shall round as eager does."""
 
-_ATTEND = struct.Struct("=15q12q14q5q10q2d")
+_ATTEND = struct.Struct("=16q13q14q5q10q2d")
 _APPEND = struct.Struct("=10q18q5q")
 
 
@@ -129,13 +129,13 @@ def attend(
     constants, _keep = _constants(layout, d, dv, state.exact_k.dtype, state.exact_v.dtype)
     out = torch.empty(b, hq, t, dv, dtype=q.dtype)
     mask_type, *mask_shape = _mask(mask)
-    coded = state.arena, state.table, state.tiers, state.positions, state.anchors, state.span_scales
+    coded = state.arena, state.table, state.tiers, state.positions, state.held, state.anchors, state.span_scales
     held = state.exact_k, state.exact_v, state.pair_scale, state.rows
     memory = *coded, *held, q, k, v, q if mask is None else mask, out
     types = TYPES[q.dtype], TYPES[k.dtype], TYPES[v.dtype], mask_type
     packed = _ATTEND.pack(
         *[x.data_ptr() for x in memory],
-        *(b, h, hq // h, t, d, dv, state.table.shape[2], state.anchors.shape[2], *types),
+        *(b, h, hq // h, t, d, dv, state.table.shape[2], state.anchors.shape[2], state.held.shape[2], *types),
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_shape),
         *(first, base, columns, is_causal, torch.get_num_threads()),
         *constants,

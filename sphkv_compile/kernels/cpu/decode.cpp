@@ -6,12 +6,14 @@
 //   D DV         multiples of 8              head_dim of keys, of values; DP and VP: rounded up to whole cache lines
 //   P page       -, tokens                   pages of a (row, kv head), tokens of a page
 //   N span       -, tokens                   anchor rows of a (row, kv head), tokens that share one
+//   M            -                           tiers of pages of kept tokens; 0 where pages hold whole runs of tokens
 //   q            [R, DP]                     queries times the softmax scale
 //   turned_q     [R, DP]                     q' = H(s q), in the frame of the key codes
 //   logits       [R, pitch]                  of one segment: at most `pitch` tokens of one page, or of the exact slots
 //   bias         [rows, pitch]               0 or the additive mask where a query may look, -inf elsewhere
 //   plain        [R, VP]                     running sum of p v over exact values
 //   turned       [R, VP]                     running sum of p r c over coded values, turned back once at the end
+//   products     [N, R]                      q'.a' of the anchors, each found when a page first needs it
 //
 // A unit of work is one (row, kv head, block of new tokens, run of pages): its queries against those pages. It leaves
 // (top, total, plain, turned), and the units that share queries are combined at the end. Up to 4 query rows read codes
@@ -24,7 +26,7 @@ struct Attend {
   const uint8_t* arena;
   const int32_t* table;
   const uint8_t* tiers;
-  const int32_t* positions;
+  const int32_t *positions, *held;  // pages of kept tokens hold their positions; `held` says how many are in use
   const int8_t* anchors;
   const uint16_t* span_scales;
   const uint8_t *exact_k, *exact_v;
@@ -32,7 +34,7 @@ struct Attend {
   const int64_t* rows;
   const uint8_t *q, *k, *v, *mask;
   uint8_t* out;
-  int64_t B, H, G, T, D, DV, P, N, q_type, k_type, v_type, mask_type;
+  int64_t B, H, G, T, D, DV, P, N, M, q_type, k_type, v_type, mask_type;
   int64_t q_stride[3], k_stride[3], v_stride[3], mask_stride[4], mask_columns;
   int64_t first, base, columns, causal, threads;
   int64_t cache_k_type, cache_v_type, sink, window, span, page;
@@ -46,22 +48,22 @@ struct Unit {
   int b, h, first_t, T, R, DP, VP, pitch;  // T, R: query tokens and rows of this unit, from query token first_t
   int64_t start, length, spans, origin;  // of row b; origin: position where its first span begins
   std::vector<float> floats;
-  std::vector<uint8_t> codes;
+  std::vector<uint8_t> codes, known;  // known: of which anchors the products are there
   std::vector<const float*> bias_of;
-  float *q, *turned_q, *logits, *bias, *rows_k, *rows_v, *radius, *weight, *anchor;
+  float *q, *turned_q, *logits, *bias, *rows_k, *rows_v, *radius, *weight, *anchor, *products;
   float *top, *total, *plain, *turned;  // the result
 
   explicit Unit(const Attend& a) : a(a), DP(line_up(a.D)), VP(line_up(a.DV)) {
     const int R = a.G * query_block(a);
     pitch = line_up(std::max<int64_t>(a.page, 64));
-    floats.assign(R * 2 * (DP + pitch) + BLOCK * (DP + VP) + 2 * pitch + DP + 4 * SLACK, 0.f);
+    floats.assign(R * (2 * (DP + pitch) + a.N) + BLOCK * (DP + VP) + 2 * pitch + DP + 5 * SLACK, 0.f);
     codes.resize(2 * (std::max(DP, VP) + 2 * SLACK));
     bias_of.resize(R);
     float* at = line_up(floats);
     auto take = [&](int n) { return std::exchange(at, at + line_up(n)); };
     q = take(R * DP), turned_q = take(R * DP), logits = take(R * pitch), bias = take(R * pitch);
     rows_k = take(BLOCK * DP + SLACK), rows_v = take(BLOCK * VP + SLACK), anchor = take(DP);
-    radius = take(pitch), weight = take(pitch);
+    radius = take(pitch), weight = take(pitch), products = take(R * a.N);
   }
 
   // Query tokens of a unit: so many that a decoded page serves up to ROWS query rows, and alike for all units.
@@ -95,6 +97,7 @@ struct Unit {
       hadamard(y, a.D, a.rot_k, false, anchor);
     }
     std::fill(anchor, anchor + DP, 0.f);
+    known.assign(a.N, 0);
   }
 
   // Which tokens each query sees, as a bias; false when none is seen. Tokens at or after `limit` are not there.
@@ -238,14 +241,18 @@ struct Unit {
   }
 
   void page(int64_t p) {
-    const int64_t place = (b * a.H + h) * a.P + p, n = a.page;
-    const int32_t* position = a.positions + place * n;
-    if (a.table[place] < 0 || !look(position, n, a.first)) return;
-    const int64_t* bits = a.menu + 2 * a.tiers[place];
+    const int64_t place = (b * a.H + h) * a.P + p, *bits = a.menu + 2 * a.tiers[place];
+    if (a.table[place] < 0) return;
+    const uint8_t* at = a.arena + int64_t(a.table[place]) * 64;
+    auto field = [&](int64_t width) { return std::exchange(at, at + a.page * width); };
     const int64_t kb = bits[0] == EXACT ? a.D * size_of(a.cache_k_type) : a.D * bits[0] / 8;
     const int64_t vb = bits[1] == EXACT ? a.DV * size_of(a.cache_v_type) : a.DV * bits[1] / 8;
-    const uint8_t *keys = a.arena + int64_t(a.table[place]) * 64, *values = keys + n * kb, *radii = values + n * vb;
-    const uint8_t* scales = radii + n * (bits[0] == EXACT ? 0 : bits[0] == 8 ? 2 : 1);
+    const uint8_t *keys = field(kb), *values = field(vb), *radii = field(bits[0] == EXACT ? 0 : bits[0] == 8 ? 2 : 1);
+    const uint8_t* scales = field(bits[1] == EXACT ? 0 : 2);
+    const int32_t* position = a.M ? reinterpret_cast<const int32_t*>(at) : a.positions + place * a.page;
+    int n = a.page;
+    while (n && position[n - 1] < 0) n--;  // a head's last page of a tier is filled in part
+    if (!look(position, n, a.first)) return;
     key_dots({keys, bits[0], a.cache_k_type, kb}, n);
     if (bits[0] != EXACT) add_anchors(position, n, radii, bits[0] == 8);
     for (int i = 0; i < n; i++) weight[i] = bits[1] == EXACT ? 1 : f16(load<uint16_t>(scales + 2 * i));
@@ -259,18 +266,30 @@ struct Unit {
     for (int i = 0, end; i < n; i = end) {
       const int64_t index = std::max<int64_t>(0, position[i] - origin) / a.span, low = origin + index * a.span;
       for (end = i; end < n && (index == 0 || position[end] >= low) && position[end] < low + a.span; end++) {}
-      const int64_t row = (b * a.H + h) * a.N + index % a.N;
-      const float scale = bf16(a.span_scales[2 * row]), unit = bf16(a.span_scales[2 * row + 1]) / (wide ? 1 : 255);
-      for (int d = 0; d < a.D; d++) anchor[d] = a.anchors[row * a.D + d] * scale;
+      const int64_t slot = index % a.N, row = (b * a.H + h) * a.N + slot;
+      const float unit = bf16(a.span_scales[2 * row + 1]) / (wide ? 1 : 255), *bias = anchor_products(slot);
       for (int j = i; j < end; j++) radius[j] = (wide ? f16(load<uint16_t>(radii + 2 * j)) : radii[j]) * unit;
       for (int r = 0; r < R; r++) {
-        vec sum = {};
-        for (int d = 0; d < DP; d += W) sum += load<vec>(turned_q + r * DP + d) * load<vec>(anchor + d);
-        float bias = 0, *s = logits + r * pitch;
-        for (int j = 0; j < W; j++) bias += sum[j];
-        for (int j = i; j < end; j++) s[j] = s[j] * radius[j] + bias;
+        float* s = logits + r * pitch;
+        for (int j = i; j < end; j++) s[j] = s[j] * radius[j] + bias[r];
       }
     }
+  }
+
+  // q'.a' of each query. Pages of one span share them, and any page of kept tokens may need any.
+  const float* anchor_products(int64_t index) {
+    float* out = products + index * R;
+    if (std::exchange(known[index], 1)) return out;
+    const int64_t row = (b * a.H + h) * a.N + index;
+    const float scale = bf16(a.span_scales[2 * row]);
+    for (int d = 0; d < a.D; d++) anchor[d] = a.anchors[row * a.D + d] * scale;
+    for (int r = 0; r < R; r++) {
+      vec sum = {};
+      for (int d = 0; d < DP; d += W) sum += load<vec>(turned_q + r * DP + d) * load<vec>(anchor + d);
+      out[r] = 0;
+      for (int j = 0; j < W; j++) out[r] += sum[j];
+    }
+    return out;
   }
 };
 
@@ -297,6 +316,13 @@ void combine(const Unit& u, const float* results, int splits) {
     const int64_t row = ((u.b * a.H + u.h) * a.G + r / u.T) * a.T + u.first_t + r % u.T;
     from_float(plain.data(), a.q_type, a.DV, a.out + row * a.DV * size_of(a.q_type));
   }
+}
+
+// Pages of a head that may hold tokens, from its first on.
+int64_t pages_of(const Attend& a, int64_t head) {
+  const int32_t* held = a.held + head * a.M;
+  const int64_t runs = a.rows[head / a.H * COLUMNS + SPANS] * (a.span / a.page);
+  return std::min(a.M ? std::accumulate(held, held + a.M, int64_t(0)) : runs, a.P);
 }
 
 // Does the mask show a slot after the newest token? Such a slot was dropped, or never written.
@@ -329,27 +355,26 @@ bool shows_dropped(const Attend& a) {
 extern "C" int64_t sphkv_attend(const void* packed) {
   const Attend a = load<Attend>(packed);
   if (shows_dropped(a)) return 1;
-  int64_t pages = 0;
-  for (int64_t b = 0; b < a.B; b++) pages = std::max(pages, a.rows[b * COLUMNS + SPANS] * (a.span / a.page));
-  pages = std::min(pages, a.P);
+  int64_t most = 0;
+  for (int64_t head = 0; head < a.B * a.H; head++) most = std::max(most, pages_of(a, head));
   const int64_t blocks = (a.T + Unit::query_block(a) - 1) / Unit::query_block(a), tasks = a.B * a.H * blocks;
-  const int64_t threads = (pages + blocks) * a.B * a.H < 16 ? 1 : a.threads;
+  const int64_t threads = (most + blocks) * a.B * a.H < 16 ? 1 : a.threads;
   const int64_t wanted = threads == 1 ? 1 : (4 * threads + tasks - 1) / tasks;
-  const int splits = std::max<int64_t>(1, std::min(wanted, pages / 4));
+  const int splits = std::max<int64_t>(1, std::min(wanted, most / 4));
   const int64_t size = Unit::result_floats(a);
-  static thread_local std::vector<float> kept;
-  kept.resize((splits > 1 ? tasks * splits * size : threads * size) + SLACK);
-  float* results = line_up(kept);
+  static thread_local std::vector<float> memory;
+  memory.resize((splits > 1 ? tasks * splits * size : threads * size) + SLACK);
+  float* results = line_up(memory);
   std::vector<int> done(tasks);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Unit unit(a);
 #pragma omp for schedule(dynamic, 1) nowait
     for (int64_t i = 0; i < tasks * splits; i++) {
-      const int64_t task = i / splits, s = i % splits;
+      const int64_t task = i / splits, s = i % splits, n = a.M ? pages_of(a, task / blocks) : most;
       float* result = results + (splits > 1 ? i : thread()) * size;
       unit.begin(task / blocks, task % blocks, result);
-      for (int64_t p = pages * s / splits; p < pages * (s + 1) / splits; p++) unit.page(p);
+      for (int64_t p = n * s / splits; p < n * (s + 1) / splits; p++) unit.page(p);
       if (s == 0) unit.sinks_and_window(), unit.new_tokens();
       if (splits == 1) combine(unit, result, 1);
       else if (__atomic_add_fetch(&done[task], 1, __ATOMIC_ACQ_REL) == splits)  // the last one; no barrier to wait at
