@@ -8,9 +8,11 @@ import torch
 
 from sphkv_compile.runtime.pool import arena_bytes, page_bytes
 from sphkv_compile.spec import CacheSpec, Tier, parse_bytes
-from sphkv_compile.storage.layout import Layout
+from sphkv_compile.storage.layout import UNIT, Layout
 from sphkv_compile.storage.state import Geometry, empty_state
 
+SPARE = 64
+"""One byte of so many is left free, for pages that change their size: without it holes are closed at every plan."""
 WIDEST_FIRST = tuple(map(Tier.parse, ("K16V16", "K8V8", "K8V4", "K4V4", "K4V3", "K4V2", "K3V2", "K2V2")))
 """Tiers that a budget may choose for all tokens. Keys get the bits before values do (measured: CODEC)."""
 
@@ -66,11 +68,18 @@ def full_bytes(spec: CacheSpec, sites: list[Geometry]) -> int:
     return total
 
 
+def for_tokens(room: int) -> int:
+    """Of the bytes that a budget leaves for pages, those that tokens may have."""
+    return room - -(-room // SPARE)
+
+
 def least_bytes(spec: CacheSpec, sites: list[Geometry]) -> int:
     """Bytes below which a policy could keep nothing: tables, and a page of each tier for each head."""
     layout = Layout.of(spec, kept=True)
     pages = [sum(page_bytes(layout, g, tier) for tier in range(len(layout.tiers))) for g in sites]
-    return sum(table_bytes(layout, g) + g.batch * g.heads * page for g, page in zip(sites, pages))
+    room = sum(g.batch * g.heads * page for g, page in zip(sites, pages))
+    room = -(-room * SPARE // (SPARE - 1)) + UNIT
+    return sum(table_bytes(layout, g) for g in sites) + room
 
 
 def table_bytes(layout: Layout, g: Geometry) -> int:

@@ -74,15 +74,16 @@ class Pool:
             self.plan(0)
 
     def plan(self, tokens: int) -> None:
-        """Let the policy decide, then reserve pages for ``tokens`` more and for ``plan_every`` after them."""
+        """Let the policy decide, then reserve pages for ``tokens`` more, and for as many after them as come before the
+        next plan."""
         self.plans += 1
-        self.tokens_left = self.plan_every
+        self.tokens_left = max(0, self.plan_every - tokens)
         owners = [owner for owner in self.members if owner.holds_codes]
         if owners:
             check_rows(counters(owners, FROZEN))
         if self.retention is not None:
             self.retention.plan(self, [owner for owner in owners if owner.layout.kept])
-        self.reserve(owners, tokens + self.plan_every)
+        self.reserve(owners, max(tokens, self.plan_every))
 
     def reserve(self, owners: list[Owner], tokens: int) -> None:
         """Give a page to every slot that so many more tokens can fill, in a larger arena if need be."""

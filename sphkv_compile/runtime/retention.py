@@ -17,6 +17,7 @@ from sphkv_compile.ops.pages import read_statistics, value_lengths, with_positio
 from sphkv_compile.ops.statistics import expected_attention, mean_attention, newest_queries, observe, realised_losses
 from sphkv_compile.policies import DROP, Held, Policy
 from sphkv_compile.policies.shares import GRID, shares, whole
+from sphkv_compile.runtime.budget import for_tokens
 from sphkv_compile.runtime.certificate import kappa
 from sphkv_compile.runtime.pool import Pool, arena_bytes, page_bytes
 from sphkv_compile.runtime.retain import Done, rearrange
@@ -65,7 +66,7 @@ class Retention:
             return
         pool.queries = 0
         room = self.room(pool)
-        each = self._equal(pool, room)
+        each = self._equal(pool, for_tokens(room))
         groups = [(group, self._observe(group, count)) for group in together(owners)]
         if count == MEMORY and getattr(self.policy, "shares", False) and not len(self._shares):
             self._share(groups, each, count)
@@ -76,7 +77,7 @@ class Retention:
             pool.resize(limit)
 
     def room(self, pool: Pool) -> int:
-        """What the budget leaves for pages of kept tokens."""
+        """What the budget leaves for pages of kept tokens, and the bytes that are free between them."""
         tables = sum(owner.state.table_bytes for owner in pool.members if owner.layout.kept)
         return max(0, (self.budget - tables) // UNIT * UNIT)
 

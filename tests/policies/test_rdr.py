@@ -5,6 +5,7 @@ import torch
 
 from sphkv_compile.codecs.codebook import mse
 from sphkv_compile.policies import DROP, Held, Rdr
+from sphkv_compile.policies.rdr import NOISE
 from sphkv_compile.spec import Tier
 
 MENU = tuple(map(Tier.parse, ("K8V4", "K4V4", "K4V2")))
@@ -74,7 +75,7 @@ def test_a_change_of_tier_is_paid_for_and_a_wider_one_cannot_be_had():
     """Rows: tokens of each tier, the widest first, then those no plan has seen. Columns: the drop, narrowest first."""
     rows = Rdr().losses(held(kappa=2.0))[0, 0]
     keys, narrow, wide = 2.0 * mse(4), mse(2), mse(4)
-    plain = torch.tensor([1.0, keys + narrow, keys + wide, 2.0 * mse(8) + wide])
+    plain = torch.tensor([1.0, NOISE * (keys + narrow), NOISE * (keys + wide), NOISE * (2.0 * mse(8) + wide)])
     inf = float("inf")
     expected = torch.stack([
         plain + torch.tensor([0.1, 0.1, 0.1, 0.0]),

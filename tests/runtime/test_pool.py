@@ -39,11 +39,13 @@ def test_every_step_finds_its_pages(chunks, plan_every):
     assert owner.pool.arena.used == used <= owner.pool.arena.nbytes
 
 
-def test_plans_are_rare():
+@pytest.mark.parametrize(("tokens", "plans"), [(1, 3), (7, 4), (50, 3), (75, 2)])
+def test_plans_are_rare(tokens, plans):
+    """Of 150 tokens, however they come: once in 50, so that a memory of as many queries misses none."""
     owner = made(plan_every=50)
-    for _ in range(150):
-        owner.pool.step(1)
-    assert owner.pool.plans == 3
+    for _ in range(0, 150, tokens):
+        owner.pool.step(tokens)
+    assert owner.pool.plans == plans
 
 
 def test_a_rolling_window_does_not_grow():

@@ -43,7 +43,7 @@ class Model:
             return (step or self.step)(ids, use_cache=True, **{self.keyword: cache}).logits
 
 
-@pytest.mark.parametrize("share", [0.06, 0.14])  # of float32
+@pytest.mark.parametrize("share", [0.06, 0.1])  # of float32
 def test_resident_bytes_stay_within_the_budget_at_every_step(share):
     """And nothing is compiled again.
 
@@ -73,7 +73,7 @@ def test_resident_bytes_stay_within_the_budget_at_every_step(share):
 
 def test_sliding_layers_beside_a_budget():
     """Their windows are nobody's to choose from, and come on top of the budget."""
-    model = Model("gemma3", budget=0.1)
+    model = Model("gemma3", budget=0.07)
     cache, ids = model.cache(), model.ids(460)
     model(cache, ids[:, :400])
     for t in range(400, 460):
@@ -94,8 +94,11 @@ def test_a_budget_for_all_keeps_all():
     assert report.budget is None and report.dropped_tokens == 0 and report.encoded_tokens == 2 * 2 * 2 * 23 * 16 // 2
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3", "glm", "cohere"])
-@pytest.mark.parametrize("prompt", ["compiled", "eager", "padded"])
+@pytest.mark.parametrize(
+    ("family", "prompt"),
+    [(family, "compiled") for family in ("llama", "gemma3", "phi3", "glm", "cohere")]
+    + [("llama", "eager"), ("cohere", "padded")],
+)
 def test_how_positions_turn_keys_is_learnt(family, prompt):
     """As the model's own frequencies say: from a prompt, from one token behind it, and beside padding."""
     model = Model(family, budget=0.1)
@@ -180,6 +183,7 @@ def test_tokens_that_get_no_attention_may_go():
     from sphkv_compile.ops.append import append
     from sphkv_compile.ops.attend import attend
     from sphkv_compile.policies import Rdr
+    from sphkv_compile.runtime.budget import SPARE
     from sphkv_compile.runtime.ownership import Owner
     from sphkv_compile.runtime.pool import Pool, page_bytes
     from sphkv_compile.runtime.retention import Retention
@@ -204,7 +208,8 @@ def test_tokens_that_get_no_attention_may_go():
     before = attend(owner.state, layout, *new, 500, 0, 501, None, False, None)
     tokens = int((with_positions(owner.state, layout).positions >= 0).sum()) // 2
     assert tokens == 480
-    retention.budget = owner.state.table_bytes + 2 * (-(-tokens * 2 // 3 // 8) + 1) * page_bytes(layout, g)
+    room = 2 * (-(-tokens * 2 // 3 // 8) + 1) * page_bytes(layout, g)
+    retention.budget = owner.state.table_bytes + room + room // (SPARE - 2)
     pool.settle(500)
     positions = with_positions(owner.state, layout).positions
     assert retention.done.dropped > 2 * 100
