@@ -3,6 +3,7 @@
 # make test-slow   the slow tests
 # make lint        ruff and mypy
 # make eval        quality against bytes on the bundled model
+# make eval-budget  quality under a budget, beside eviction and other codecs (best on a GPU: ARGS="--device cuda")
 # make docs        brings the generated tables and the bench's plot up to date
 # make bench       one decode step at 4K cached tokens, dense and ours, side by side (on a GPU: sphkv bench attention)
 # make clean       removes the environment and what builds and tests leave behind
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS)
 JOBS ?= 2
 
-.PHONY: demo test test-slow lint eval bench docs clean
+.PHONY: demo test test-slow lint eval eval-budget bench docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/compile_llama.py $(ARGS)
@@ -35,6 +36,9 @@ lint: $(VENV)/installed
 
 eval: $(VENV)/installed
 	$(BIN)/python examples/eval/run.py $(ARGS)
+
+eval-budget: $(VENV)/installed
+	$(BIN)/python -m examples.eval.budget $(ARGS)
 
 bench: $(VENV)/installed
 	$(BIN)/python examples/bench/decode.py --bits 4,K4V2 $(ARGS)

@@ -9,7 +9,7 @@ Symbols: S queries, the newest of C cached tokens; the first is at position C - 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,13 @@ from examples.eval.methods import LayerMoments, Method
 from sphkv_compile.spec import CacheSpec
 
 NAME = "sphkv_eval"
+
+
+class Run(Protocol):
+    """Whoever stands in for the model's attention, layer by layer."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, sliding: int | None) -> Tensor:
+        """Shapes: ``q`` [B, HQ, S, D], ``k``, ``v`` [B, HKV, S, D] of the new tokens -> [B, HQ, S, D]."""
 
 
 @dataclass
@@ -34,7 +41,13 @@ class Prefill:
     q_moments: dict[int, Tensor] = field(default_factory=dict)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, sliding: int | None) -> Tensor:
-        """Plain causal attention that remembers its keys, values and early queries."""
+        """Plain causal attention that remembers its keys, values and early queries.
+
+        Raises:
+            NotImplementedError: a batch above one.
+        """
+        if q.shape[0] != 1:
+            raise NotImplementedError(f"{q.shape[0]} rows: these caches are of batch 1")
         early = q[0, :, : self.spec.sink + self.spec.span + self.spec.window].double().square().mean(1)
         self.keys[layer], self.values[layer] = k[0], v[0]
         self.q_moments[layer] = early.unflatten(0, (k.shape[1], -1)).mean(1)
@@ -120,7 +133,7 @@ def attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    sphkv_run: Prefill | CodedRun,
+    sphkv_run: Run,
     scaling: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -130,10 +143,10 @@ def attention(
     """The transformers attention interface; the run comes in as a keyword of the model's forward.
 
     Raises:
-        NotImplementedError: soft-capped logits, attention sinks or a batch above one.
+        NotImplementedError: soft-capped logits or attention sinks.
     """
-    if softcap or kwargs.get("s_aux") is not None or query.shape[0] != 1:
-        raise NotImplementedError("the evaluation runs batch 1, without soft cap and learned attention sinks")
+    if softcap or kwargs.get("s_aux") is not None:
+        raise NotImplementedError("the evaluation runs without soft cap and learned attention sinks")
     out = sphkv_run.attend(module.layer_idx, query, key, value, scaling, sliding_window)
     return out.transpose(1, 2), None
 

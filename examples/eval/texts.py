@@ -1,4 +1,5 @@
-"""English documents for the evaluation: four short public-domain texts shipped here, and Python's own manuals.
+"""English documents for the evaluation: four short public-domain texts shipped here, and manuals that come with Python
+and torch.
 
     reported  manual, strings   reference pages of the standard library's ``pydoc_data.topics``
               docstrings        docstrings of standard library modules, one after the other
@@ -7,9 +8,13 @@
               play              William Shakespeare, Richard III, act I (about 1593), public domain
     tuning    compound          another page of ``pydoc_data.topics``
               dictionary        Ambrose Bierce, The Devil's Dictionary, from ABASEMENT (1911), public domain
+    long      shelf             novel, play, constitution and manual, one after the other
+              language          all other pages of ``pydoc_data.topics``, less what the pages above say too
+              library           docstrings of other standard library modules, of their classes and functions
+              layers            docstrings of ``torch.nn``
 
-A choice is made on tuning documents and claimed on reported ones. The standard library's pages differ a little from one
-Python release to the next, so figures are compared inside one run only.
+A choice is made on tuning documents and claimed on reported and long ones; no text of the former is in the latter. The
+manuals differ a little from one release to the next, so figures are compared inside one run only.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +31,15 @@ from torch import Tensor
 
 REPORTED = ("manual", "strings", "docstrings", "constitution", "novel", "play")
 TUNING = ("compound", "dictionary")
+LONG = ("shelf", "language", "library", "layers")
+"""16,000 tokens and more."""
 
 _FOLDER = Path(__file__).with_name("texts")
 _DOCSTRINGS = ("configparser", "statistics", "re", "socketserver", "argparse", "fileinput", "json", "csv", "shelve")
+_LIBRARY = (
+    *("asyncio", "collections", "contextlib", "datetime", "decimal", "functools", "heapq", "itertools", "logging"),
+    *("pathlib", "subprocess", "tarfile", "tempfile", "textwrap", "threading", "unittest", "urllib.parse", "zipfile"),
+)
 
 
 def text(name: str) -> str:
@@ -70,10 +81,47 @@ def _docstrings() -> str:
     return "\n\n".join(f"{module.__name__}\n\n{inspect.getdoc(module)}" for module in modules)
 
 
+def _members(*modules: str) -> Callable[[], str]:
+    """Docstrings of modules, and of their public classes and functions."""
+
+    def docstrings() -> Iterator[str]:
+        for module in map(importlib.import_module, modules):
+            yield f"{module.__name__}\n\n{inspect.getdoc(module) or ''}"
+            for name, value in sorted(vars(module).items()):
+                public = not name.startswith("_") and (inspect.isclass(value) or inspect.isfunction(value))
+                if public and value.__doc__ and value.__module__.split(".")[0] == module.__name__.split(".")[0]:
+                    yield f"{name}\n\n{inspect.cleandoc(value.__doc__)}"
+
+    return lambda: "\n\n".join(dict.fromkeys(docstrings()))
+
+
+def _other_topics() -> str:
+    """Paragraphs, each once, that are on none of the pages above: a statement's own page repeats its chapter."""
+    topics = importlib.import_module("pydoc_data.topics").topics
+    found: dict[str, str] = {}
+    for name in sorted(topics):
+        if name not in _TOPICS.values():
+            found |= _paragraphs(topics[name])
+    used = {words for name in _TOPICS.values() for words in _paragraphs(topics[name])}
+    return "\n\n".join(paragraph for words, paragraph in found.items() if words not in used)
+
+
+def _paragraphs(page: str) -> dict[str, str]:
+    """By their words, since indents differ."""
+    return {" ".join(paragraph.split()): paragraph for paragraph in page.split("\n\n")}
+
+
+def _shelf() -> str:
+    return "\n\n".join(map(text, ("novel", "play", "constitution", "manual")))
+
+
+_TOPICS = {"manual": "types", "strings": "string-methods", "compound": "compound"}
 _SOURCES: dict[str, Callable[[], str]] = {
-    "manual": _topic("types"),
-    "strings": _topic("string-methods"),
     "docstrings": _docstrings,
-    "compound": _topic("compound"),
+    "shelf": _shelf,
+    "language": _other_topics,
+    "library": _members(*_LIBRARY),
+    "layers": _members("torch.nn"),
+    **{name: _topic(page) for name, page in _TOPICS.items()},
     **{name: _shipped(name) for name in ("constitution", "novel", "play", "dictionary")},
 }

@@ -63,21 +63,44 @@ def quality_table() -> str:
     return "\n".join(lines)
 
 
-def budget_table() -> str:
-    """KL under a budget of bytes, from its own record. Units: nats."""
-    from examples.eval.budget import METHODS, RECORD, means
+def budget_table(task: str = "kl", name: str = "budget.json") -> str:
+    """KL under a budget of bytes, geometric mean over documents, from the record of that name. Units: nats."""
+    from examples.eval.budget import RECORD, means, record_of
+    from examples.eval.contenders import METHODS, WHOLE
 
-    rows = json.loads(RECORD.read_text())
-    budgets = sorted({row["budget"] for row in rows}, reverse=True)
+    rows = json.loads(record_of(RECORD.with_name(name), task).read_text())
+    budgets = sorted({row["budget"] for row in rows if row["budget"] != WHOLE}, reverse=True)
     lines = [f"| model | method | {' | '.join(f'{100 * b:g} %' for b in budgets)} |", "|---" * (2 + len(budgets)) + "|"]
+    whole = []
     for model in dict.fromkeys(row["model"] for row in rows):
-        found = means(rows, model)
-        for method in METHODS:
-            if method in found:
+        found, sizes = means(rows, model), means(rows, model, "total_bytes_per_token")
+        for method in [method for method in METHODS if method in found]:
+            if WHOLE in found[method]:
+                kl, size = found[method][WHOLE], sizes[method][WHOLE]
+                whole.append(f"{model} {method.removesuffix(', all tokens')} {kl:.4f} ({size:.0f})")
+            else:
                 cells = " | ".join(f"{found[method][b]:.4f}" if b in found[method] else "-" for b in budgets)
                 lines.append(f"| {model} | {method} | {cells} |")
-    documents = ", ".join(dict.fromkeys(row["document"] for row in rows))
-    return "\n".join([*lines, "", f"Documents: {documents}."])
+    lines += ["", f"Documents: {', '.join(dict.fromkeys(row['document'] for row in rows))}."]
+    if whole:
+        lines.append(f"With all tokens, and bytes per token and kv head: {', '.join(whole)}.")
+    return "\n".join(lines)
+
+
+def needle_table() -> str:
+    """Facts found again: the share of cases that are right, with its 95 % interval."""
+    from examples.eval.budget import RECORD, record_of
+
+    rows = json.loads(record_of(RECORD, "needles").read_text())
+    budgets = sorted({row["budget"] for row in rows if row["budget"] != 1}, reverse=True)
+    lines = [f"| model | method | {' | '.join(f'{100 * b:g} %' for b in budgets)} |", "|---" * (2 + len(budgets)) + "|"]
+    for model, method in dict.fromkeys((row["model"], row["method"]) for row in rows):
+        mine = {r["budget"]: r for r in rows if (r["model"], r["method"]) == (model, method)}
+        cells = [mine.get(b, mine.get(1.0)) for b in budgets]
+        shares = " | ".join(f"{r['needle']:.2f} ({r['lower']:.2f} to {r['upper']:.2f})" for r in cells)
+        lines.append(f"| {model} | {method} | {shares} |")
+    (cases,), (full,) = {r["cases"] for r in rows}, {round(r["full"], 2) for r in rows}
+    return "\n".join([*lines, "", f"{cases} cases; the dense cache finds {full:.2f} of them."])
 
 
 def speed_table() -> str:
@@ -271,6 +294,9 @@ PARTS: dict[str, Callable[[], str]] = {"idioms": idiom_table, "refusals": refusa
 MEASURED: dict[str, Callable[[], str]] = {
     "quality": quality_table,
     "budget": budget_table,
+    "budget_long": lambda: budget_table(name="budget_long.json"),
+    "streaming": lambda: budget_table("streaming"),
+    "needles": needle_table,
     "speed": speed_table,
     "attention": attention_table,
     "peers": peers_table,

@@ -140,6 +140,17 @@ def test_documents_are_long_enough_and_distinct():
         texts.text("novels")
 
 
+def test_long_documents_repeat_nothing_of_the_tuning_text():
+    """16,000 tokens of some four characters."""
+    long = {name: texts.text(name) for name in texts.LONG}
+    assert min(map(len, long.values())) > 70_000 and len(set(long.values())) == len(long) >= 3
+    for name in texts.TUNING:
+        page = " ".join(texts.text(name).split())
+        for other in long.values():
+            words = " ".join(other.split())
+            assert not any(page[i : i + 150] in words for i in range(0, len(page) - 150, 50))
+
+
 def test_interpolation_follows_the_lower_hull():
     points = [(2.0, 1e-1), (3.0, 9e-2), (4.0, 1e-3)]  # the middle one lies above the line
     assert summary.at_equal_bits(points, 3.0) == pytest.approx(1e-2)
