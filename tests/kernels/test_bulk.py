@@ -160,11 +160,11 @@ def check_equal(ours, spec):
         ("K4V4", 64, torch.float32, 128),
         ("K4V2", 128, torch.bfloat16, 128),
         ("K3V3", 128, torch.float16, 64),
-        ("K2V4", 256, torch.float32, 128),
-        ("K4V4", 64, torch.float16, 256),
+        pytest.param("K2V4", 256, torch.float32, 128, marks=pytest.mark.slow),
+        pytest.param("K4V4", 64, torch.float16, 256, marks=pytest.mark.slow),
         ("K2V2", 64, torch.bfloat16, 64),  # a word has both token halves
-        ("K3V3", 256, torch.float32, 64),  # two groups of eight planes
-        ("K8V4", 128, torch.bfloat16, 128),
+        pytest.param("K3V3", 256, torch.float32, 64, marks=pytest.mark.slow),  # two groups of eight planes
+        pytest.param("K8V4", 128, torch.bfloat16, 128, marks=pytest.mark.slow),
         ("K8V8", 64, torch.float32, 64),
     ],
 )
@@ -222,7 +222,10 @@ def test_attention_in_a_rolling_window(kind):
     assert bool(held.all()) and float((out - want).norm() / want.norm()) < 2e-3
 
 
-@pytest.mark.parametrize("kind", ["causal", "padded", "wide", "holes", "rolling"])
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("padded", "wide", "rolling")]
+
+
+@pytest.mark.parametrize("kind", ["causal", "holes", *SLOW])
 def test_more_spans_than_one_product_takes(monkeypatch, kind):
     """Anchors' products are taken for sixteen spans at once: parts, edges and what is seen whole cross from one such
     group into the next, and in a rolling window a group comes round."""

@@ -137,7 +137,7 @@ def test_large_queries_stay_finite(size, scale):
     assert float((out - want).norm() / want.norm()) < 2e-3
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_new_position_may_be_a_tensor_a_number_or_the_counters_own(masked):
     state, layout = make("K4V4", 64)
     x = tokens(301, 64, 2)
@@ -241,7 +241,7 @@ def test_a_write_into_codes_is_refused_and_shows():
     assert bool(out.isnan().all())
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_rolling_window(masked):
     """Tokens leave a sliding window of 200 columns; its pages are used again."""
     columns = 200

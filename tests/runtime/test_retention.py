@@ -43,7 +43,7 @@ class Model:
             return (step or self.step)(ids, use_cache=True, **{self.keyword: cache}).logits
 
 
-@pytest.mark.parametrize("share", [0.06, 0.1])  # of float32
+@pytest.mark.parametrize("share", [0.06, pytest.param(0.1, marks=pytest.mark.slow)])  # of float32
 def test_resident_bytes_stay_within_the_budget_at_every_step(share):
     """And nothing is compiled again.
 
@@ -160,16 +160,15 @@ def test_how_positions_turn_keys_is_learnt(family, prompt):
         torch.testing.assert_close(owner.frequencies, expected, rtol=2e-5, atol=0)
 
 
-@pytest.mark.parametrize("count", range(1, 9))
 @pytest.mark.parametrize("share", [0.08, 0.2])
-def test_a_short_prompt(count, share):
-    """As the dense cache says, as long as nothing is coded."""
+def test_short_prompts(share):
+    """Of 1 to 8 tokens: as the dense cache says, as long as nothing is coded."""
     model = Model(budget=share)
-    cache, ids = model.cache(), model.ids(count + 12)
-    dense = model.cache()
-    for part in (ids[:, :count], *ids[:, count:].split(1, 1)):
-        found, expected = model(cache, part), model(dense, part, model.model.forward)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for count in range(1, 9):
+        cache, dense, ids = model.cache(), model.cache(), model.ids(count + 12)
+        for part in (ids[:, :count], *ids[:, count:].split(1, 1)):
+            found, expected = model(cache, part), model(dense, part, model.model.forward)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, msg=f"{count} tokens")
 
 
 def test_an_eager_prompt_is_held_whole_until_its_queries_are_seen():
