@@ -88,7 +88,7 @@ class Retention:
         for owner in pool.members:
             layout, g = owner.layout, owner.geometry
             if layout.kept:
-                spans = min(layout.spans(g.capacity, False), (2 * pool.plan_every + layout.span - 1) // layout.span)
+                spans = min(layout.spans(g.capacity, False), -(-pool.plan_every // layout.span))
                 total += g.batch * g.heads * spans * layout.pages_per_span * page_bytes(layout, g)
             else:
                 total += arena_bytes(layout, g)
