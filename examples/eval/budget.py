@@ -45,7 +45,8 @@ TASKS = {"kl": "kl", "streaming": "kl", "needles": "needle", "coherence": "repea
 """What can be measured, and the key of a row that says it best."""
 
 Row = dict[str, Any]
-"""Keys: model, document, method, budget (1 where all tokens stay), total_bytes_per_token, and what was found."""
+"""Keys: model, document, method, budget (1 where all tokens stay), total_bytes_per_token, and what was found. Kept
+records have ``expected``, false, where a run was older than expected attention."""
 Job = Callable[[list[Cell]], Iterator[Row]]
 """All cells on one dense prefill."""
 

@@ -195,7 +195,7 @@ class Coded(Cache):
             owners[layer] = owner = Owner(layouts[layer], g, pool, scale=self.prompt.sites[layer].scale)
             owner.holds_codes = True
             if owner.layout.kept:
-                owner.learn_frequencies(torch.atan2(sin, cos)[None], 0)
+                owner.learn_frequencies(torch.atan2(sin, cos)[None], 1)
         return owners
 
     def _pool(self, nbytes: int) -> Pool:

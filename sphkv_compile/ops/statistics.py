@@ -29,7 +29,7 @@ from sphkv_compile.storage.state import LENGTH, START, State
 HALF_LIFE = 128
 """Queries in which the running mean forgets half of what it knew."""
 EVERY = 4
-"""Of the remembered queries, every fourth stands for those to come: their mean hardly differs, and costs a fourth."""
+"""Of the remembered queries, one of so many stands for those to come: a mean is wanted, and each costs as much."""
 
 
 def mean_attention(

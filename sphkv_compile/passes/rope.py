@@ -32,6 +32,13 @@ class Part(NamedTuple):
     which: int
 
 
+class Rotation(NamedTuple):
+    """A rotary embedding that was recognised: how dimensions are paired, and the factor of the straight part."""
+
+    layout: str
+    cosine: Any
+
+
 def rope_of(key: Node) -> tuple[str, int]:
     """Layout (``half``, ``interleaved`` or ``none``) and number of rotated dimensions of a key.
 
@@ -47,21 +54,14 @@ def angles_of(key: Node) -> Node | None:
 
     Shapes: -> [B or 1, T, R] or [B or 1, T, R / 2], R the rotated dimensions.
     """
-    _, rotation = _rotated_part(key)
+    part, rotation = _rotated_part(key)
     at: Any = rotation and rotation.cosine
     while _is(at, *_CASTS, *_VIEWS, *_COPIES) or _scaled(at):
         at = at.args[0]
     if not _is(at, aten.cos.default):
         return None
-    angles = at.args[0]
-    return angles if len(_shape(angles)) == 3 and _shape(angles)[-1] in (_dims(key), _dims(key) // 2) else None
-
-
-class Rotation(NamedTuple):
-    """A rotary embedding that was recognised: how dimensions are paired, and the factor of the straight part."""
-
-    layout: str
-    cosine: Any
+    angles, rotary = at.args[0], _shape(part)[-1]
+    return angles if len(_shape(angles)) == 3 and _shape(angles)[-1] in (rotary, rotary // 2) else None
 
 
 def _rotated_part(key: Node) -> tuple[Node, Rotation | None]:
@@ -73,10 +73,6 @@ def _rotated_part(key: Node) -> tuple[Node, Rotation | None]:
         turned = node.args[0][0]
         return turned, _rotated(_through(turned))
     return key, None
-
-
-def _dims(key: Node) -> int:
-    return int(_shape(_rotated_part(key)[0])[-1])
 
 
 def _scaled(node: object) -> bool:

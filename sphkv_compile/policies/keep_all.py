@@ -8,7 +8,7 @@ from sphkv_compile.policies.base import Held, Policy
 
 
 class KeepAll(Policy):
-    """The policy when no budget asks for another."""
+    """What holds without a budget, where nobody is asked. Under one, an object of this class drops nothing."""
 
     name = "keep_all"
 

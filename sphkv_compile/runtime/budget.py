@@ -12,7 +12,7 @@ from sphkv_compile.storage.layout import UNIT, Layout
 from sphkv_compile.storage.state import Geometry, empty_state
 
 SPARE = 64
-"""One byte of so many is left free, for pages that change their size: without it holes are closed at every plan."""
+"""One byte of so many is left free, for pages that change their size, so that holes are seldom closed."""
 WIDEST_FIRST = tuple(map(Tier.parse, ("K16V16", "K8V8", "K8V4", "K4V4", "K4V3", "K4V2", "K3V2", "K2V2")))
 """Tiers that a budget may choose for all tokens. Keys get the bits before values do (measured: CODEC)."""
 
