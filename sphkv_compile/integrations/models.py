@@ -78,7 +78,7 @@ def load_bundled(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, An
     Raises:
         ValueError: another name; the message gives the nearest.
         ModuleNotFoundError: its package is not installed, with the pip command.
-        OSError: joined parts whose checksum is wrong.
+        OSError: joined parts whose checksum is wrong, or a release of transformers that misreads the tokenizer.
     """
     return _load_gguf(bundled_gguf(name), dtype)
 
@@ -175,11 +175,24 @@ def _dequantise(path: Path, out: Path) -> None:
     with _offline():
         model: Any = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **source, **plain)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **source)
+    _check_tokenizer(tokenizer, path)
     model.hf_quantizer = None  # the weights are plain now, and a GGUF quantizer refuses to be saved
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+def _check_tokenizer(tokenizer: Any, path: Path) -> None:
+    """Raises: OSError: transformers split a vocabulary of merges as if it were one of probabilities."""
+    import transformers
+
+    if type(tokenizer.backend_tokenizer.model).__name__ == "Unigram":  # of no causal language model that there is
+        raise OSError(
+            f"{path.name}: transformers {transformers.__version__} reads this file's tokenizer wrongly (as Unigram, "
+            "where it is BPE), so that every text would be nonsense; expected transformers >= 5.18, or the model as a "
+            "Hugging Face folder"
+        )
 
 
 def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,3 +98,15 @@ def test_a_folder_loads_and_stays_the_same(no_network, tmp_path):
     ids = tokenizer("A page holds tokens.", return_tensors="pt").input_ids
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_a_tokenizer_that_transformers_misreads_is_refused():
+    """Releases before 5.18 split Gemma's text by probabilities that the file does not hold; perplexity was 1,375."""
+    from tokenizers import Tokenizer
+    from tokenizers import models as kinds
+    from transformers import PreTrainedTokenizerFast
+
+    right, wrong = (PreTrainedTokenizerFast(tokenizer_object=Tokenizer(kind())) for kind in (kinds.BPE, kinds.Unigram))
+    models._check_tokenizer(right, Path("a.gguf"))
+    with pytest.raises(OSError, match=r"a\.gguf: transformers .* expected transformers >= 5\.18"):
+        models._check_tokenizer(wrong, Path("a.gguf"))
