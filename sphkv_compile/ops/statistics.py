@@ -33,13 +33,20 @@ EVERY = 4
 
 
 def mean_attention(
-    state: State, layout: Layout, queries: Tensor, first: int, scale: float | None = None, fused: bool = True
+    state: State,
+    layout: Layout,
+    queries: Tensor,
+    first: int,
+    scale: float | None = None,
+    every: int = 1,
+    fused: bool = True,
 ) -> Tensor:
     """The mean softmax weight of each coded token, over the queries that see it and the query heads of its kv head.
 
     Args:
-        queries: of consecutive positions, whose own tokens the state holds already; a query sees what is not after it.
+        queries: whose own tokens the state holds already; a query sees what is not after it.
         first: position of the first of them.
+        every: tokens from one of them to the next.
         fused: whether a GPU's kernels may do it.
 
     Shapes: ``queries`` [B, HQ, T, D] -> float32[B, H, P, page]; 0 in slots that hold no token.
@@ -53,14 +60,15 @@ def mean_attention(
     scale = d**-0.5 if scale is None else scale
     q = (queries.float() * (scale / math.log(2))).unflatten(1, (h, -1))  # logits in units of log 2
     turned, bias = turned_queries(q, state, layout)
-    exact = _exact_lse(state, layout, q, first)
+    at = first + every * torch.arange(q.shape[3], device=q.device)
+    exact = _exact_lse(state, layout, q, at)
     if fused and (kernels := gpu("statistics", layout, state.arena.device)) is not None:
-        return kernels.mean_attention(state, layout, turned, bias, exact, q.shape[3], first)
+        return kernels.mean_attention(state, layout, turned, bias, exact, at)
     lse, state = exact, with_positions(state, layout)
-    for _, logits, _ in _blocks(state, layout, q, turned, bias, first):
+    for _, logits, _ in _blocks(state, layout, q, turned, bias, at):
         lse = torch.logaddexp2(lse, _lse(logits))
     out = torch.zeros(*state.table.shape, layout.page, device=queries.device)
-    for pages, logits, count in _blocks(state, layout, q, turned, bias, first):
+    for pages, logits, count in _blocks(state, layout, q, turned, bias, at):
         sums = (logits - lse.unsqueeze(-1)).exp2().sum(2) / count.clamp(min=1)
         out[:, :, pages] += sums.unflatten(2, (-1, layout.page))
     return out
@@ -78,7 +86,10 @@ def observe(state: State, layout: Layout, count: int, scale: float | None = None
     """
     end = int(state.rows[:, LENGTH].max())
     first = end - count
-    new = mean_attention(state, layout, newest_queries(state, first, end), first, scale)
+    skip = (count - 1) % EVERY  # the newest looks at all
+    new = mean_attention(
+        state, layout, newest_queries(state, first, end)[:, :, skip::EVERY], first + skip, scale, EVERY
+    )
     positions, (mean, recent) = with_positions(state, layout).positions, read_statistics(state, layout)
     looks = (end - positions.clamp(min=first)).clamp(min=0).float()
     life = (end - positions).clamp(min=1).float()
@@ -144,8 +155,9 @@ def realised_losses(
     scale = d**-0.5 if scale is None else scale
     q = (queries.float() * (scale / math.log(2))).unflatten(1, (h, -1))
     turned, bias = turned_queries(q, state, layout)
-    lse, state = _exact_lse(state, layout, q, first), with_positions(state, layout)
-    for _, logits, _ in _blocks(state, layout, q, turned, bias, first):
+    at = first + torch.arange(q.shape[3], device=q.device)
+    lse, state = _exact_lse(state, layout, q, at), with_positions(state, layout)
+    for _, logits, _ in _blocks(state, layout, q, turned, bias, at):
         lse = torch.logaddexp2(lse, _lse(logits))
     there = worth >= 0
     length = torch.where(there, value_lengths(state, layout), 0.0)
@@ -153,7 +165,7 @@ def realised_losses(
     rank = worth.flatten(2).argsort(dim=-1, descending=True, stable=True).argsort(-1)
     lost = torch.searchsorted(keep, rank, right=True).view(worth.shape)  # of the numbers, how many do not keep it
     sums = torch.zeros(*lse.shape, keep.shape[-1] + 1, device=lse.device)
-    for pages, logits, _ in _blocks(state, layout, q, turned, bias, first):
+    for pages, logits, _ in _blocks(state, layout, q, turned, bias, at):
         paid = (logits - lse.unsqueeze(-1)).exp2() * length[:, :, pages].flatten(2).unsqueeze(2)
         sums.scatter_add_(-1, lost[:, :, pages].flatten(2).unsqueeze(2).expand_as(paid), paid)
     return sums[..., 1:].flip(-1).cumsum(-1).flip(-1).square().mean(2)
@@ -165,14 +177,14 @@ def _lse(logits: Tensor) -> Tensor:
 
 
 def _blocks(
-    state: State, layout: Layout, q: Tensor, turned: Tensor, bias: Tensor, first: int
+    state: State, layout: Layout, q: Tensor, turned: Tensor, bias: Tensor, at: Tensor
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Some pages at one tier: which, their logits, and how many query rows see each token; positions are in the state.
 
-    Shapes: -> float32[B, H, G * T, P * page], -inf where a query may not look; int64[B, H, P * page].
+    Shapes: ``at`` int64[T], the queries' positions -> float32[B, H, G * T, P * page], -inf where a query may not look;
+    int64[B, H, P * page].
     """
-    _, _, g, t, _ = q.shape
-    at = torch.arange(first, first + t, device=q.device).repeat(g)  # rows are head by head
+    at = at.repeat(q.shape[2])  # rows are head by head
     used = int(state.held.sum(-1).max())
     for begin in range(0, used, PAGES):
         pages = slice(begin, min(used, begin + PAGES))
@@ -188,10 +200,9 @@ def _blocks(
             yield pages, logits.masked_fill(~seen, -math.inf), seen.sum(2)
 
 
-def _exact_lse(state: State, layout: Layout, q: Tensor, first: int) -> Tensor:
-    """Of the sinks and the window. Shapes: -> float32[B, H, G * T]."""
+def _exact_lse(state: State, layout: Layout, q: Tensor, at: Tensor) -> Tensor:
+    """Of the sinks and the window. Shapes: ``at`` int64[T], the queries' positions -> float32[B, H, G * T]."""
     position = exact_slots(state, layout)
-    at = torch.arange(first, first + q.shape[3], device=q.device)
     seen = (position >= 0).unsqueeze(1) & (position.unsqueeze(1) <= at.unsqueeze(-1))
     logits = q @ state.exact_k.float().mT.unsqueeze(2)
     return _lse(logits.masked_fill(~seen[:, None, None], -math.inf)).flatten(2)

@@ -20,6 +20,6 @@ def test_the_same_means_as_the_portable_path(menu, dim):
     case = make(Menu.parse(menu), 2, 5000, 2, 4, dim)
     random = torch.Generator("cuda").manual_seed(1)
     q = torch.randn(2, 8, 100, dim, device="cuda", generator=random).bfloat16() / 2
-    fused, portable = (mean_attention(case.state, case.layout, q, 4900, None, fused) for fused in (True, False))
+    fused, portable = (mean_attention(case.state, case.layout, q, 4900, None, 1, fused) for fused in (True, False))
     assert float(portable.sum()) > 0.5
     torch.testing.assert_close(fused, portable, rtol=1e-2, atol=1e-7)

@@ -100,7 +100,7 @@ def launches(capability, tier, dim, dtype, masked, rolling, heads=8, columns=409
         state.held.fill_(bulk.PART)
         rows, spans = torch.zeros(batch, heads, 512, dim), state.anchors.shape[2]
         bias, exact = torch.zeros(batch, heads, 512, spans), torch.zeros(batch, heads, 512)
-        statistics.mean_attention(state, layout, rows, bias, exact, 128, 1000)
+        statistics.mean_attention(state, layout, rows, bias, exact, torch.arange(128))
     q, k, v = (torch.zeros(1, n * heads, 256, dim, dtype=dtype) for n in (4, 1, 1))
     mask = torch.zeros(1, 1, 256, columns, dtype=torch.bool)
     bulk.encode(state, layout, torch.zeros(1, dtype=torch.int64), k, v, 4, range(1), 0)

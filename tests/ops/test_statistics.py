@@ -17,14 +17,14 @@ from sphkv_compile.storage.state import LENGTH
 GROUP, SCALE = 3, 0.3
 
 
-def expected(state, layout, queries, first):
+def expected(state, layout, queries, first, every=1):
     """Shapes: -> float64[B, H, positions]."""
     h, length = state.exact_k.shape[1], int(state.rows[0, LENGTH])
     keys, _ = dense(state, layout, length)
     held = keys.abs().sum(-1) > 0  # a dropped token reads as zeros
     q = queries.double().unflatten(1, (h, -1))
     logits = (q @ keys.double().mT.unsqueeze(2)) * SCALE
-    column, at = torch.arange(length), torch.arange(first, first + queries.shape[2])
+    column, at = torch.arange(length), first + every * torch.arange(queries.shape[2])
     seen = (column <= at.unsqueeze(-1)) & held[:, :, None, None]
     weights = logits.masked_fill(~seen, -math.inf).softmax(-1).nan_to_num()
     looks = (at >= column.unsqueeze(-1)).sum(-1)
@@ -39,21 +39,22 @@ def expected(state, layout, queries, first):
         (("K4V4", "K3V3", "K2V2"), 128, "tiles", 22),
     ],
 )
-def test_against_float64(menu, dim, packing, count, monkeypatch):
+@pytest.mark.parametrize("every", [1, 4])
+def test_against_float64(menu, dim, packing, count, every, monkeypatch):
     """Queries from before the newest coded tokens on: some look at fewer of them."""
     state, layout, _ = cache(menu, dim, packing)
     length = int(state.rows[0, LENGTH])
     first = length - count
-    q = torch.randn(2, 2 * GROUP, count, dim, generator=torch.Generator().manual_seed(5))
-    found = mean_attention(state, layout, q, first, SCALE)
+    q = torch.randn(2, 2 * GROUP, -(-count // every), dim, generator=torch.Generator().manual_seed(5))
+    found = mean_attention(state, layout, q, first, SCALE, every)
     positions = with_positions(state, layout).positions
-    want = expected(state, layout, q, first)
+    want = expected(state, layout, q, first, every)
     want = want.gather(2, positions.clamp(min=0).long().flatten(2)).view(positions.shape) * (positions >= 0)
     assert bool((positions >= first).any()) == (count > 48)
     torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-9)
     if packing == "tiles":
         monkeypatch.setattr(statistics, "gpu", lambda *_: kernels)
-        fused = mean_attention(state, layout, q, first, SCALE)
+        fused = mean_attention(state, layout, q, first, SCALE, every)
         torch.testing.assert_close(fused.double(), want, rtol=5e-3, atol=1e-7)  # queries are float16
 
 
@@ -84,13 +85,19 @@ def test_what_is_observed_is_remembered(menu, dim, packing):
     memory = torch.randn(2, 2 * GROUP, 128, dim, generator=torch.Generator().manual_seed(5))
     state = state._replace(queries=memory)
     length, there = int(state.rows[0, LENGTH]), with_positions(state, layout).positions >= 0
+
+    def expected_of(count):
+        """By every fourth of the newest queries, the last of them included."""
+        at = torch.arange(length - 1, length - count - 1, -statistics.EVERY).flip(0)
+        return mean_attention(state, layout, memory[:, :, at % 128], int(at[0]), SCALE, statistics.EVERY)
+
     assert torch.equal(observe(state, layout, 128, SCALE), there)
-    first = mean_attention(state, layout, memory[:, :, torch.arange(length - 128, length) % 128], length - 128, SCALE)
+    first = expected_of(128)
     for found in read_statistics(state, layout):
         torch.testing.assert_close(found[there], first[there], rtol=4e-3, atol=0)
     memory.copy_(torch.randn(memory.shape, generator=torch.Generator().manual_seed(6)))
     assert not bool(observe(state, layout, 32, SCALE).any())
-    new = mean_attention(state, layout, memory[:, :, torch.arange(length - 32, length) % 128], length - 32, SCALE)
+    new = expected_of(32)
     age = (length - with_positions(state, layout).positions).float()
     assert bool((age[there] >= 16).all())
     looks = age.clamp(max=32)

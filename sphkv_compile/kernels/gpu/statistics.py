@@ -26,15 +26,15 @@ ROWS = 64
 
 
 def mean_attention(
-    state: State, layout: Layout, turned: Tensor, bias: Tensor, exact: Tensor, tokens: int, first: int
+    state: State, layout: Layout, turned: Tensor, bias: Tensor, exact: Tensor, at: Tensor
 ) -> Tensor:
     """The kernels' part of :func:`sphkv_compile.ops.statistics.mean_attention`.
 
     Args:
-        tokens: T of the queries, whose R = G * T rows are head by head.
+        at: positions of the queries, ascending. Their R = G * T rows are head by head.
 
     Shapes: ``turned`` float32[B, H, R, D], ``bias`` float32[B, H, R, N], ``exact`` float32[B, H, R], the log-sum-exp of
-    what is exact, in units of log 2 -> float32[B, H, P, 64].
+    what is exact, in units of log 2; ``at`` int64[T] -> float32[B, H, P, 64].
     """
     b, h, r, d = turned.shape
     pages, device = state.table.shape[2], turned.device
@@ -53,7 +53,7 @@ def mean_attention(
     for whole in (False, True):
         page_attention[(used, b * h)](
             queries, anchors, exact, state.arena.view(torch.int32), words.level_table(device), state.table, state.tiers,
-            state.held, state.rows, lse, out, first, tokens, r, h, state.anchors.shape[2], pages, SUMS=whole, **flags,
+            state.held, state.rows, lse, out, at.int(), len(at), r, h, state.anchors.shape[2], pages, SUMS=whole, **flags,
         )  # fmt: skip
         if not whole:
             exact = torch.logaddexp2(exact, torch.logsumexp(lse * math.log(2), 0) / math.log(2))
@@ -81,9 +81,9 @@ def page_keys(
     return keys, radius, tl.load(at + beside + 64 + i)
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit
 def page_attention(
-    TURNED, BIAS, WHOLE, WORDS, LEVELS, TABLE, TIERS, HELD, COUNTERS, LSE, OUT, first, T, R, H, NS, NP,
+    TURNED, BIAS, WHOLE, WORDS, LEVELS, TABLE, TIERS, HELD, COUNTERS, LSE, OUT, AT, T, R, H, NS, NP,
     D: constexpr, KBITS: constexpr, BESIDE: constexpr, KSTEPS: constexpr, SPAN: constexpr, SINK: constexpr,
     ROWS: constexpr, TWIN: constexpr, SUMS: constexpr,
 ):  # fmt: skip
@@ -110,23 +110,24 @@ def page_attention(
         own = tl.maximum(position - begin, 0) // SPAN
         bias = BIAS + (bh * NS + own)[None, :] * R
         total = tl.zeros([64], tl.float32)
+        looks = tl.zeros([64], tl.int32)  # queries that see the token
         for at in tl.range(0, R, ROWS, num_stages=1):
             row = at + j
             inside = row < R
             q = tl.load(TURNED + (bh * R + row)[:, None] * D + d[None, :], mask=inside[:, None], other=0.0)
             x = tl.dot(q, tl.trans(keys)) * radius[None, :]
             x += tl.load(bias + row[:, None], mask=inside[:, None], other=0.0)
-            seen = (position >= 0)[None, :] & (position[None, :] <= (first + row % T)[:, None]) & inside[:, None]
+            seen = (position >= 0)[None, :] & (position[None, :] <= tl.load(AT + row % T)[:, None]) & inside[:, None]
             x = tl.where(seen, x, HIDDEN)
             if SUMS:
                 whole = tl.load(WHOLE + bh * R + row, mask=inside, other=0.0)
                 total += tl.sum(tl.exp2(x - whole[:, None]), 0)
+                looks += tl.sum(seen.to(tl.int32), 0)
             else:
                 top = tl.maximum(tl.max(x, 1), EMPTY)
                 tl.store(lse + row, top + tl.log2(tl.maximum(tl.sum(tl.exp2(x - top[:, None]), 1), 1e-30)), mask=inside)
         if SUMS:
-            looks = tl.minimum(tl.maximum(first + T - position, 0), T)  # queries that see the token
-            mean = tl.where(position >= 0, total / tl.maximum(looks * (R // T), 1).to(tl.float32), 0.0)
+            mean = total / tl.maximum(looks, 1).to(tl.float32)
             tl.store(OUT + (bh * NP + page) * 64 + i, mean)
     else:
         if not SUMS:
