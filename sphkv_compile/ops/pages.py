@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -117,9 +118,9 @@ def as_bytes(x: Tensor) -> Tensor:
 def with_positions(state: State, layout: Layout) -> State:
     """The state with every slot's position in ``positions``, also where pages hold them: what the portable code reads.
 
-    The copy is scratch: it takes four bytes for each slot of the tables.
+    The copy is scratch: it takes four bytes for each slot of the tables. A state that has them already is itself.
     """
-    if not layout.kept:
+    if not layout.kept or state.positions.shape[2]:
         return state
     found = state.arena.view(torch.int32)[_where(state, layout, "position", 4)]
     return state._replace(positions=torch.where(pages_in_use(state).unsqueeze(-1), found, -1))
@@ -156,15 +157,25 @@ def value_lengths(state: State, layout: Layout) -> Tensor:
 def _where(state: State, layout: Layout, name: str, itemsize: int) -> Tensor:
     """Where a field of each slot lies in the arena, counted in items. Shapes: -> int64[B, H, P, page]."""
     dims = state.exact_k.shape[-1], state.exact_v.shape[-1], _itemsize(state)
+    begin, step = _field(layout, dims, name, itemsize, state.table.device)
+    at = begin[state.tiers.long()] + state.table.long().clamp(min=0) * UNIT
+    at = at.unsqueeze(-1) + torch.arange(layout.page, device=at.device) * step
+    return (at // itemsize).clamp(max=state.arena.numel() // itemsize - 1)  # of no page, any place there is
+
+
+@lru_cache(64)
+def _field(layout: Layout, dims: tuple, name: str, itemsize: int, device: torch.device) -> tuple[Tensor, int]:
+    """Where a field begins in a page of each tier, and how far one token's is from the next's.
+
+    Units: bytes. Shapes: -> int64[tiers].
+    """
     beside = itemsize if name == "v_scale" and layout.tiled else 0  # of one token, the radius comes before it
     begin = []
     for tier in layout.tiers:
         widths = dict(zip(Pages._fields, layout.fields(tier, *dims).widths))
         before = sum(widths[field] for field in takewhile(name.__ne__, Pages._fields))
         begin.append((before - beside) * layout.page + beside)
-    at = torch.tensor(begin, device=state.table.device)[state.tiers.long()] + state.table.long().clamp(min=0) * UNIT
-    at = at.unsqueeze(-1) + torch.arange(layout.page, device=at.device) * (itemsize + beside)
-    return (at // itemsize).clamp(max=state.arena.numel() // itemsize - 1)  # of no page, any place there is
+    return torch.tensor(begin, device=device), itemsize + beside
 
 
 def encode_span(k: Tensor, v: Tensor, pair_scale: Tensor, layout: Layout, tier: Tier) -> tuple[Pages, KeySpan | None]:

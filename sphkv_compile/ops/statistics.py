@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,30 +75,47 @@ def mean_attention(
     return out
 
 
-def observe(state: State, layout: Layout, count: int, scale: float | None = None) -> Tensor:
-    """Bring every coded token's statistics up to the newest ``count`` queries; returns which of them had none.
+class Seen(NamedTuple):
+    """What is known of each slot of the tables.
+
+    Args:
+        positions: of its token; -1 where there is none, and then the rest says nothing.
+        fresh: whether nothing was known before.
+        mean, recent: softmax weight that the token got from a query head, over its life and lately.
+        lengths: of the token's value, to the few per cent in which codes differ in theirs.
+
+    Shapes: int32, bool, and float32 thrice, all [B, H, P, page].
+    """
+
+    positions: Tensor
+    fresh: Tensor
+    mean: Tensor
+    recent: Tensor
+    lengths: Tensor
+
+
+def observe(state: State, layout: Layout, count: int, scale: float | None = None, fused: bool = True) -> Seen:
+    """Bring every coded token's statistics up to the newest ``count`` queries.
 
     The mean over a token's life moves by the share of its life that these are; the running mean forgets half of it in
     ``HALF_LIFE`` queries. A token that no plan has seen begins with what these queries paid.
 
     Units: ``count`` in tokens, at most the queries that the state remembers.
-
-    Shapes: -> bool[B, H, P, page].
     """
     end = int(state.rows[:, LENGTH].max())
-    first = end - count
-    skip = (count - 1) % EVERY  # the newest looks at all
-    new = mean_attention(
-        state, layout, newest_queries(state, first, end)[:, :, skip::EVERY], first + skip, scale, EVERY
-    )
-    positions, (mean, recent) = with_positions(state, layout).positions, read_statistics(state, layout)
+    first, skip = end - count, (count - 1) % EVERY  # the newest of those that are asked looks at all
+    queries = newest_queries(state, first, end)[:, :, skip::EVERY]
+    new = mean_attention(state, layout, queries, first + skip, scale, EVERY, fused)
+    if fused and (kernels := gpu("statistics", layout, state.arena.device)) is not None:
+        return Seen(*kernels.remember(state, layout, new, first, end, HALF_LIFE))
+    (mean, recent), positions = read_statistics(state, layout), with_positions(state, layout).positions
     looks = (end - positions.clamp(min=first)).clamp(min=0).float()
     life = (end - positions).clamp(min=1).float()
     fresh, forgotten = recent == 0, 0.5 ** (looks / HALF_LIFE)
     mean = torch.where(fresh, new, mean + (new - mean) * looks / life)
     recent = torch.where(fresh, new, recent * forgotten + new * (1 - forgotten))
     write_statistics(state, layout, mean, recent)
-    return fresh & (positions >= 0)
+    return Seen(positions, fresh & (positions >= 0), mean, recent, value_lengths(state, layout))
 
 
 def expected_attention(

@@ -53,6 +53,8 @@ class Policy(ABC):
     name: ClassVar[str]
     shares: ClassVar[bool] = False
     """Whether heads get bytes by what they would lose (:mod:`sphkv_compile.policies.shares`), or all the same."""
+    expects: ClassVar[bool] = False
+    """Whether it asks for ``Held.expected``, which costs as much as all that is observed."""
 
     @abstractmethod
     def plan(self, held: Held, budget: Tensor | None) -> Tensor:

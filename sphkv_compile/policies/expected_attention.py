@@ -16,6 +16,7 @@ class ExpectedAttention(Policy):
     pay."""
 
     name: ClassVar[str] = "expected_attention"
+    expects: ClassVar[bool] = True
 
     def plan(self, held: Held, budget: Tensor | None) -> Tensor:
         """Shapes: -> uint8[B, H, P, page]. Raises: ValueError: no budget, no prices, or no statistics."""

@@ -40,6 +40,7 @@ class Rdr(Policy):
 
     name: ClassVar[str] = "rdr"
     shares: ClassVar[bool] = True
+    expects: ClassVar[bool] = True
 
     def plan(self, held: Held, budget: Tensor | None) -> Tensor:
         """Shapes: -> uint8[B, H, P, page]. Raises: ValueError: no budget, or no prices."""

@@ -7,14 +7,22 @@ queries nobody saw, is held whole for the first steps.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sphkv_compile.ops.pages import read_statistics, value_lengths, with_positions
-from sphkv_compile.ops.statistics import expected_attention, mean_attention, newest_queries, observe, realised_losses
+from sphkv_compile.ops.pages import value_lengths, with_positions
+from sphkv_compile.ops.statistics import (
+    Seen,
+    expected_attention,
+    mean_attention,
+    newest_queries,
+    observe,
+    realised_losses,
+)
 from sphkv_compile.policies import DROP, Held, Policy
 from sphkv_compile.policies.shares import GRID, shares, whole
 from sphkv_compile.runtime.budget import for_tokens
@@ -67,11 +75,12 @@ class Retention:
         pool.queries = 0
         room = self.room(pool)
         each = self._equal(pool, for_tokens(room))
-        groups = [(group, self._observe(group, count)) for group in together(owners)]
+        seen: Iterable[tuple[Sites, Seen]] = self._observe(owners, count)
         if count == MEMORY and getattr(self.policy, "shares", False) and not len(self._shares):
-            self._share(groups, each, count)
-        for group, fresh in groups:
-            self._retain(pool, group, fresh, each[group[0]], count)
+            seen = found = list(seen)
+            self._share(found, each, count)
+        for sites, known in seen:
+            self._retain(pool, sites, known, each[sites.owners[0]], count)
         limit = room + self.aside(pool)
         if pool.arena.nbytes > limit:
             pool.resize(limit)
@@ -100,21 +109,25 @@ class Retention:
         total = max(1, sum(dense.values()))
         return {o: room * dense[o] / total / (o.geometry.batch * o.geometry.heads) for o in dense}
 
-    def _observe(self, group: list[Owner], count: int) -> Tensor:
-        sites = stacked(group)
-        return observe(sites.state, sites.layout, count, sites.scale)
+    def _observe(self, owners: list[Owner], count: int) -> Iterator[tuple[Sites, Seen]]:
+        """One kind after the other, with the positions of what they hold."""
+        for group in together(owners):
+            sites = stacked(group)
+            seen = observe(sites.state, sites.layout, count, sites.scale)
+            yield sites._replace(state=sites.state._replace(positions=seen.positions)), seen
 
-    def _held(self, sites: Sites, fresh: Tensor, count: int) -> Held:
+    def _held(self, sites: Sites, seen: Seen, count: int) -> Held:
         state, layout, g = sites.state, sites.layout, sites.geometry
-        mean, recent = read_statistics(state, layout)
         return Held(
-            with_positions(state, layout).positions, state.tiers, state.rows[:, LENGTH], layout.tiers,
-            tuple(page_bytes(layout, g, tier) for tier in range(len(layout.tiers))), fresh, mean, recent,
-            self._expected(sites, count), value_lengths(state, layout), self._known(sites, self._kappas),
+            seen.positions, state.tiers, state.rows[:, LENGTH], layout.tiers,
+            tuple(page_bytes(layout, g, tier) for tier in range(len(layout.tiers))), seen.fresh, seen.mean, seen.recent,
+            self._expected(sites, count), seen.lengths, self._known(sites, self._kappas),
         )  # fmt: skip
 
     def _expected(self, sites: Sites, count: int) -> Tensor | None:
-        """Shapes: -> float32[B, H, P, page]; None where the rotary embedding is not known."""
+        """Shapes: -> float32[B, H, P, page]; None where the rotary embedding is not known, or nobody asks."""
+        if not getattr(self.policy, "expects", False):
+            return None
         known = [(owner.frequencies, owner.geometry.batch) for owner in sites.owners if owner.frequencies is not None]
         if len(known) < len(sites.owners):
             return None
@@ -133,42 +146,39 @@ class Retention:
         narrowest = page_bytes(sites.layout, sites.geometry, len(sites.layout.tiers) - 1)
         return whole(wanted.flatten(), narrowest).view(wanted.shape)
 
-    def _share(self, groups: list[tuple[list[Owner], Tensor]], each: dict[Owner, float], count: int) -> None:
+    def _share(self, found: list[tuple[Sites, Seen]], each: dict[Owner, float], count: int) -> None:
         """Shares of all heads, once: from the first queries that there are, the second half of which says what would
         have been lost by what the first half says of the tokens. How many tokens a share buys is asked of the policy,
         which chooses their tiers."""
         half, losses, weights = count // 2, [], []
-        for group, fresh in groups:
-            sites, equal = stacked(group), each[group[0]]
+        for sites, seen in found:
+            equal = each[sites.owners[0]]
             state, layout, g = sites.state, sites.layout, sites.geometry
-            end, known = int(state.rows[:, LENGTH].max()), self._held(sites, fresh, count)
+            end, known = int(state.rows[:, LENGTH].max()), self._held(sites, seen, count)
             choice = self.policy.plan(known, self._budget(sites, equal))
             price = torch.tensor(known.prices, device=choice.device) / layout.page
             stays = (choice != DROP) & (known.positions >= 0)
             paid = torch.where(stays, price[torch.where(stays, choice, 0).long()], 0.0)
             mean_price = paid.sum((2, 3)) / stays.sum((2, 3)).clamp(min=1)
             bought = equal * torch.tensor(GRID, device=price.device) / mean_price.clamp(min=1e-3).unsqueeze(-1)
-            found = realised_losses(
+            lost = realised_losses(
                 state, layout, mean_worth(sites, newest_queries(state, end - count, end - half), end - count),
                 bought.long(), newest_queries(state, end - half, end), end - half, sites.scale,
             )  # fmt: skip
-            losses.append(found.flatten(0, 1))
-            weights.append(torch.full((g.batch * g.heads,), equal, device=found.device))
-            self._kappas.update(zip(group, kappa(state, layout, sites.scale).split(sites.rows)))
+            losses.append(lost.flatten(0, 1))
+            weights.append(torch.full((g.batch * g.heads,), equal, device=lost.device))
+            self._kappas.update(zip(sites.owners, kappa(state, layout, sites.scale).split(sites.rows)))
         parts = shares(torch.cat(losses), torch.cat(weights)).split([len(w) for w in weights])
-        for (group, _), part in zip(groups, parts):
-            heads = group[0].geometry.heads
-            self._shares.update(zip(group, part.view(-1, heads).split([owner.geometry.batch for owner in group])))
+        for (sites, _), part in zip(found, parts):
+            self._shares.update(zip(sites.owners, part.view(-1, sites.geometry.heads).split(sites.rows)))
 
-    def _retain(self, pool: Pool, group: list[Owner], fresh: Tensor, each: float, count: int) -> None:
-        sites = stacked(group)
-        choice = self.policy.plan(self._held(sites, fresh, count), self._budget(sites, each))
-        del sites
+    def _retain(self, pool: Pool, sites: Sites, seen: Seen, each: float, count: int) -> None:
+        choice = self.policy.plan(self._held(sites, seen, count), self._budget(sites, each))
 
         def apply() -> Done:  # once more, if the arena was laid out anew in between
-            sites = stacked(group)
-            done = rearrange(sites.state, sites.layout, sites.geometry, pool.arena, choice)
-            sites.write_tables()
+            now = sites.now()
+            done = rearrange(now.state, now.layout, now.geometry, pool.arena, choice)
+            now.write_tables()
             return done
 
         self.done = Done(*map(sum, zip(self.done, pool.fit(apply))))

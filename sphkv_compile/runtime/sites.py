@@ -47,6 +47,12 @@ class Sites(NamedTuple):
         """Rows of each site."""
         return [owner.geometry.batch for owner in self.owners]
 
+    def now(self) -> Sites:
+        """The same with the arena and the tables as they are by now."""
+        state = stacked(self.owners, TABLES).state
+        tables = {name: getattr(state, name) for name in TABLES}
+        return self._replace(state=self.state._replace(arena=state.arena, **tables))
+
     def write_tables(self) -> None:
         """What changed in the tables, back to the sites."""
         if len(self.owners) > 1:

@@ -78,7 +78,7 @@ def launches(capability, tier, dim, dtype, masked, rolling, heads=8, columns=409
         (appending, ("append",)),
         (bulk, ("encode_spans", "extents", "turn_queries", "prefill")),
         (moving, ("gather_pages", "put_pages")),
-        (statistics, ("page_attention",)),
+        (statistics, ("page_attention", "page_statistics")),
     ):
         for name in names:
             kernel = getattr(module, name)
@@ -101,6 +101,7 @@ def launches(capability, tier, dim, dtype, masked, rolling, heads=8, columns=409
         rows, spans = torch.zeros(batch, heads, 512, dim), state.anchors.shape[2]
         bias, exact = torch.zeros(batch, heads, 512, spans), torch.zeros(batch, heads, 512)
         statistics.mean_attention(state, layout, rows, bias, exact, torch.arange(128))
+        statistics.remember(state, layout, torch.zeros(*state.table.shape, 64), 0, 1000, 128)
     q, k, v = (torch.zeros(1, n * heads, 256, dim, dtype=dtype) for n in (4, 1, 1))
     mask = torch.zeros(1, 1, 256, columns, dtype=torch.bool)
     bulk.encode(state, layout, torch.zeros(1, dtype=torch.int64), k, v, 4, range(1), 0)

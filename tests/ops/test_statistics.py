@@ -91,12 +91,12 @@ def test_what_is_observed_is_remembered(menu, dim, packing):
         at = torch.arange(length - 1, length - count - 1, -statistics.EVERY).flip(0)
         return mean_attention(state, layout, memory[:, :, at % 128], int(at[0]), SCALE, statistics.EVERY)
 
-    assert torch.equal(observe(state, layout, 128, SCALE), there)
+    assert torch.equal(observe(state, layout, 128, SCALE).fresh, there)
     first = expected_of(128)
     for found in read_statistics(state, layout):
         torch.testing.assert_close(found[there], first[there], rtol=4e-3, atol=0)
     memory.copy_(torch.randn(memory.shape, generator=torch.Generator().manual_seed(6)))
-    assert not bool(observe(state, layout, 32, SCALE).any())
+    assert not bool(observe(state, layout, 32, SCALE).fresh.any())
     new = expected_of(32)
     age = (length - with_positions(state, layout).positions).float()
     assert bool((age[there] >= 16).all())
@@ -105,6 +105,36 @@ def test_what_is_observed_is_remembered(menu, dim, packing):
     kept = 0.5 ** (looks / HALF_LIFE)
     torch.testing.assert_close(mean[there], (first + (new - first) * looks / age)[there], rtol=8e-3, atol=1e-9)
     torch.testing.assert_close(recent[there], (first * kept + new * (1 - kept))[there], rtol=8e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_kernel_remembers_the_same(begun, monkeypatch):
+    """Interpreted, from the same means: what it tells, and every byte of the arena. Some pages end before they are
+    full, and tables before their end."""
+    state, layout, _ = cache(("K8V4", "K4V4", "K4V2"), 128, "tiles")
+    state = state._replace(queries=torch.zeros(2, 2 * GROUP, 128, 128))
+    shape = (*state.table.shape, layout.page)
+    new, one, two = (torch.rand(shape, generator=torch.Generator().manual_seed(i)) * 1e-3 for i in range(3))
+    if begun:
+        write_statistics(state, layout, one, two * (two > 1e-4))  # some begin now
+    monkeypatch.setattr(statistics, "mean_attention", lambda *_: new)
+    twin = state._replace(arena=state.arena.clone())
+    portable = observe(state, layout, 100, SCALE, fused=False)
+    monkeypatch.setattr(statistics, "gpu", lambda *_: kernels)
+    fused = observe(twin, layout, 100, SCALE)
+    there = portable.positions >= 0
+    assert 0 < there.float().mean() < 1
+    assert torch.equal(fused.positions, portable.positions)
+    for name in ("fresh", "mean", "recent", "lengths"):
+        a, b = getattr(fused, name)[there], getattr(portable, name)[there]
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+    assert bool(portable.fresh[there].all()) != begun
+    for a, b in zip(read_statistics(twin, layout), read_statistics(state, layout)):
+        assert float((a[there] == b[there]).float().mean()) > 0.99  # but where a last bit decides how to round
+        torch.testing.assert_close(a[there], b[there], rtol=2**-7, atol=0)
+    write_statistics(twin, layout, one, two)
+    write_statistics(state, layout, one, two)
+    assert torch.equal(twin.arena, state.arena)
 
 
 @pytest.mark.parametrize("rope", ["half", "interleaved"])

@@ -1,7 +1,7 @@
-"""The mean attention that coded tokens got: what :mod:`sphkv_compile.ops.statistics` does, on a GPU.
+"""Attention that coded tokens got, and what is remembered of it: :mod:`sphkv_compile.ops.statistics`, on a GPU.
 
 A program has one page and decodes its keys once, for all queries. The first launch gives each page's share of every
-query's softmax, the second, which knows the whole, sums the weights.
+query's softmax, the second, which knows the whole, sums the weights; another one moves what is remembered.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.language.core import constexpr
 
 from sphkv_compile.kernels.gpu import words
-from sphkv_compile.kernels.gpu.decode import EMPTY, HIDDEN, START, WIDTH, low_half
+from sphkv_compile.kernels.gpu.decode import EMPTY, HIDDEN, START, WIDTH, high_half, low_half
 from sphkv_compile.kernels.gpu.launch import converts
 from sphkv_compile.kernels.gpu.prefill import tile
 from sphkv_compile.storage.layout import Layout
@@ -25,9 +25,7 @@ ROWS = 64
 """Query rows that one product takes: as many as four warps of Hopper share."""
 
 
-def mean_attention(
-    state: State, layout: Layout, turned: Tensor, bias: Tensor, exact: Tensor, at: Tensor
-) -> Tensor:
+def mean_attention(state: State, layout: Layout, turned: Tensor, bias: Tensor, exact: Tensor, at: Tensor) -> Tensor:
     """The kernels' part of :func:`sphkv_compile.ops.statistics.mean_attention`.
 
     Args:
@@ -53,11 +51,33 @@ def mean_attention(
     for whole in (False, True):
         page_attention[(used, b * h)](
             queries, anchors, exact, state.arena.view(torch.int32), words.level_table(device), state.table, state.tiers,
-            state.held, state.rows, lse, out, at.int(), len(at), r, h, state.anchors.shape[2], pages, SUMS=whole, **flags,
+            state.held, state.rows, lse, out, at.int(), len(at), r, h, state.anchors.shape[2], pages, SUMS=whole,
+            **flags,
         )  # fmt: skip
         if not whole:
             exact = torch.logaddexp2(exact, torch.logsumexp(lse * math.log(2), 0) / math.log(2))
     return out
+
+
+def remember(
+    state: State, layout: Layout, new: Tensor, first: int, end: int, half_life: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The kernel's part of :func:`sphkv_compile.ops.statistics.observe`: statistics in the pages move by what queries
+    of ``first``..``end`` paid.
+
+    Shapes: ``new`` float32[B, H, P, 64] -> positions, fresh, mean, recent, and lengths of values, each the same.
+    """
+    b, h, pages, page = new.shape
+    positions = torch.empty(new.shape, dtype=torch.int32, device=new.device)
+    fresh = torch.empty(new.shape, dtype=torch.bool, device=new.device)
+    mean, recent, lengths = (torch.empty_like(new) for _ in range(3))
+    d, v_dim = state.exact_k.shape[-1], state.exact_v.shape[-1]
+    page_statistics[(pages, b * h)](
+        new, state.arena.view(torch.int32), state.table, state.tiers, state.held,
+        positions, fresh.view(torch.uint8), mean, recent, lengths, first, end, pages, v_dim**0.5,
+        BESIDE=tuple(2 * (tier.k_bits + tier.v_bits) * d for tier in layout.tiers), HALF_LIFE=half_life, num_warps=2,
+    )  # fmt: skip
+    return positions, fresh, mean, recent, lengths
 
 
 @triton.jit
@@ -133,3 +153,53 @@ def page_attention(
         if not SUMS:
             for at in tl.range(0, R, ROWS, num_stages=1):
                 tl.store(lse + at + j, tl.full([ROWS], EMPTY, tl.float32), mask=at + j < R)
+
+
+@triton.jit(do_not_specialize=["first", "end"])
+def page_statistics(
+    NEW, WORDS, TABLE, TIERS, HELD, POSITIONS, FRESH, MEAN, RECENT, LENGTHS, first, end, NP, root,
+    BESIDE: constexpr, HALF_LIFE: constexpr,
+):  # fmt: skip
+    """A page's statistics, and what else a policy asks. Grid: (places of the table, B * H). ``root`` is that of a
+    value's dimensions. Shapes: all [B * H, NP, 64]."""
+    page = tl.program_id(0)
+    bh = tl.program_id(1).to(tl.int64)
+    used = 0
+    for t in tl.static_range(len(BESIDE)):
+        used += tl.load(HELD + bh * len(BESIDE) + t)
+    i = tl.arange(0, 64)
+    out = (bh * NP + page) * 64 + i
+    if page < used:
+        tier = tl.load(TIERS + bh * NP + page).to(tl.int32)
+        beside = 0
+        for t in tl.static_range(len(BESIDE)):
+            beside = tl.where(tier == t, BESIDE[t], beside)
+        at = WORDS + tl.load(TABLE + bh * NP + page).to(tl.int64) * 16 + beside + i
+        position = tl.load(at + 64)
+        both = tl.load(at + 128)
+        mean, recent = (both << 16).to(tl.float32, bitcast=True), (both & -65536).to(tl.float32, bitcast=True)
+        new = tl.load(NEW + out)
+        looks = tl.maximum(end - tl.maximum(position, first), 0).to(tl.float32)
+        life = tl.maximum(end - position, 1).to(tl.float32)
+        fresh, kept = recent == 0, tl.exp2(-looks / HALF_LIFE)
+        mean = tl.where(fresh, new, mean + (new - mean) * looks / life)
+        recent = tl.where(fresh, new, recent * kept + new * (1 - kept))
+        tl.store(at + 128, brain(mean) | (brain(recent) << 16))
+        tl.store(POSITIONS + out, position)
+        tl.store(FRESH + out, (fresh & (position >= 0)).to(tl.uint8))
+        tl.store(MEAN + out, mean)
+        tl.store(RECENT + out, recent)
+        tl.store(LENGTHS + out, high_half(tl.load(at)) * root)
+    else:
+        tl.store(POSITIONS + out, tl.full([64], -1, tl.int32))
+        tl.store(FRESH + out, tl.zeros([64], tl.uint8))
+        tl.store(MEAN + out, tl.zeros([64], tl.float32))
+        tl.store(RECENT + out, tl.zeros([64], tl.float32))
+        tl.store(LENGTHS + out, tl.zeros([64], tl.float32))
+
+
+@triton.jit
+def brain(x):
+    """The bits of the nearest bfloat16, in the lower half; written out, since the interpreter does not round."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF
