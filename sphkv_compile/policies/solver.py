@@ -3,7 +3,8 @@
 Every head is a problem of its own. All its tokens share one curve of loss against bytes, scaled by what the token is
 worth, y: a Lagrange multiplier lambda then gives tier t or a wider one to the tokens with y s_t >= lambda, where s_t
 are the slopes of the curve's lower hull. A histogram of log y says how many those are for every lambda at once, so the
-bytes of each lambda are known without a sort, a search or a question to the device.
+bytes of each lambda are known without a sort, a search or a question to the device. A token's kind and bin, its cell,
+say all that matters of it but its place in the table: what depends on them is worked out once per cell and looked up.
 
 Source: SPHERICAL KV (arXiv 2605.18856), retention under a rate constraint; Lagrangian bit allocation.
 """
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 BINS = 4096
 PER_OCTAVE = 128
@@ -22,8 +24,10 @@ SHIFTS = 2048
 """Bins by which a slope may lie below the head's steepest: a factor of 65536."""
 NEAR = 16
 """Bins below the threshold among which the last bytes are spent: a twelfth of its value."""
+LEVELS = BINS + SHIFTS + 1
+"""Levels of lambda: the least gives every token all that can be of use, the greatest nothing."""
 RUNS = 4096
-"""Runs of tokens at the threshold, one token each where there are so few, that are served whole or not at all."""
+"""Runs of consecutive tokens, of one where there are so few, that get the last bytes whole or not at all."""
 
 
 @dataclass(frozen=True)
@@ -52,152 +56,176 @@ def allocate(worth: Tensor, kind: Tensor, loss: Tensor, prices: Prices, budget: 
         budget: bytes of each head.
 
     Shapes: H heads, N tokens, C kinds, T choices: ``worth`` float32[H, N], ``kind`` int64[H, N], ``loss`` float32[H, C,
-    T], ``budget`` int64[H] -> int64[H, N].
+    T], ``budget`` int64[H] -> int64[H, N]. Below, cells are C * (BINS + 1), and N is RUNS or fewer times ``length``.
     """
-    heads, device = worth.shape[0], worth.device
-    kinds, choices = loss.shape[1:]
-    if not worth.shape[1]:
+    (heads, tokens), kinds = worth.shape, loss.shape[1]
+    if not tokens:
         return kind.clone()
-    each = torch.tensor([b / prices.page for b in prices.bytes], device=device)
-    target, shift = _hull(loss.float(), each)
-    bins = _bins(worth)
+    length = -(-tokens // RUNS)
+    if spare := -tokens % length:
+        worth, kind = F.pad(worth, (0, spare), value=-1.0), F.pad(kind, (0, spare))
+    loss, bins = loss.float(), _bins(worth)
+    cell = _cell(bins, kind, kinds).view(heads, -1, length)
+    reached = _reached(loss, prices)
+    level = _level(cell, reached, prices, budget)
 
-    # how many tokens of each kind lie in each bin or above: int64[H, C, BINS + 1]; -1 is what is not there
-    index = (bins + 1).long() if kinds == 1 else kind * (BINS + 1) + bins + 1
-    counts = torch.zeros(heads, kinds * (BINS + 1), dtype=torch.int64, device=device)
-    counts.scatter_add_(1, index, torch.ones((), dtype=torch.int64, device=device).expand_as(index))
-    above = torch.zeros(heads, kinds, BINS + 1, dtype=torch.int64, device=device)
-    above[..., :BINS] = counts.view(heads, kinds, BINS + 1)[..., 1:].flip(-1).cumsum(-1).flip(-1)
-
-    # for every lambda, from the greatest down: tokens at each choice, and their bytes
-    span = BINS + 2 * SHIFTS
-    levels = torch.arange(span, -1, -1, device=device) - SHIFTS  # the bin that a slope of one would need
-    held = torch.zeros(heads, choices, span + 1, dtype=torch.int64, device=device)
-    for edge in range(choices - 1):
-        need = (levels - shift[..., edge : edge + 1]).clamp(0, BINS)  # [H, C, levels]
-        passed = above.gather(-1, need) * (target[..., edge : edge + 1] > 0)
-        before = target[..., edge - 1] if edge else torch.zeros_like(target[..., 0])
-        for choice in range(choices):
-            held[:, choice] += (passed * (target[..., edge] == choice).unsqueeze(-1)).sum(1)
-            if choice:
-                held[:, choice] -= (passed * (before == choice).unsqueeze(-1)).sum(1)
-    fits = _bytes(held, prices) <= budget.unsqueeze(-1)
-    # the least lambda that fits; a greater one may not, where more pages are partly filled
-    best = (fits * torch.arange(1, span + 2, device=device)).amax(-1) - 1
-    level = levels[best.clamp(min=0)]
-
-    chosen = _choice(bins, kind, target, shift, level)
     # what is left goes to tokens that a smaller lambda would serve too: those of the next bin, then any near it
-    counts = held.gather(-1, best.clamp(min=0).view(-1, 1, 1).expand(-1, choices, -1)).squeeze(-1)
-    for lower in (1, NEAR):
-        more = _choice(bins, kind, target, shift, level - lower)
-        chosen, counts = _fill(chosen, more, counts, prices, budget)
+    levels = torch.stack([level, level - 1, level - NEAR]).clamp(min=1).int()
+    passed = reached >= levels[..., None, None]
+    chosen, counts = _fill(cell, passed, prices, budget)
     if prices.page > 1:
-        chosen = _top_up(chosen, bins, kind, loss.float(), counts, prices.page)
-    return chosen.long()
+        chosen = _top_up(chosen, bins.view_as(cell), kind, loss, counts, prices.page)
+    return chosen.flatten(1)[:, :tokens].long()
 
 
 def _bins(worth: Tensor) -> Tensor:
-    """Bin of log2 y: the head's greatest lies in the last, what is 32 octaves below it in the first; -1 for what is not
-    there. Shapes: float32[H, N] -> int32[H, N]."""
+    """Bin of log2 y: the head's greatest lies in the last, BINS, what is 32 octaves below it in the first, 1; what is
+    not there in 0. Shapes: float32[H, N] -> int16[H, N]."""
     worth = worth.nan_to_num(nan=0.0)  # infinity becomes the largest number
     top = worth.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    bins = ((worth / top).log2() * PER_OCTAVE + BINS - 1).clamp(min=0)  # of zero: -inf
-    return torch.where(worth >= 0, bins, -1).to(torch.int32)
+    # the logarithm of zero is -inf, that of less is not a number
+    return (worth / top).log2_().mul_(PER_OCTAVE).add_(BINS).clamp_(min=1).nan_to_num_(nan=0.0).short()
 
 
-def _hull(loss: Tensor, each: Tensor) -> tuple[Tensor, Tensor]:
-    """The lower hull of loss against bytes, from the drop on: each edge's end, and its slope as a number of bins.
+def _cell(bins: Tensor, kind: Tensor, kinds: int) -> Tensor:
+    """The cell of each token, counted through all heads. Shapes: int16[H, N], int64[H, N] -> int32[H, N]."""
+    heads = torch.arange(bins.shape[0], dtype=torch.int32, device=bins.device).unsqueeze(-1)
+    cell = bins.int().add_(heads, alpha=kinds * (BINS + 1))
+    return cell if kinds == 1 else cell.add_(kind.int(), alpha=BINS + 1)
 
-    Shapes: ``loss`` [H, C, T], ``each`` [T] -> int64[H, C, T - 1], 0 where there is no further edge, twice.
+
+def _slopes(loss: Tensor, prices: Prices) -> Tensor:
+    """Slopes of the lower hull of loss against bytes over the step to each tier, by the min-max formula of isotonic
+    regression: a tier above the hull shares its step with the next one on it.
+
+    Shapes: float32[H, C, T] -> float32[H, T - 1, C], 0 or less where the hull has ended.
     """
-    choices = each.shape[0]
-    at = torch.zeros(loss.shape[:2], dtype=torch.int64, device=loss.device)
-    ends, shifts = [], []
-    for _ in range(choices - 1):
-        here = loss.gather(-1, at.unsqueeze(-1))
-        wider = torch.arange(choices, device=loss.device) > at.unsqueeze(-1)
-        slope = (here - loss) / (each - each[at].unsqueeze(-1)).clamp(min=1e-9)
-        slope = slope.masked_fill(~wider | (slope <= 0) | slope.isnan(), 0)
-        steepest, end = slope.max(-1)
-        end = torch.where(steepest > 0, end, 0)
-        shift = (steepest.clamp(min=1e-30).log2() * PER_OCTAVE).round().long()
-        ends.append(end)
-        shifts.append(shift)
-        at = torch.where(end > 0, end, at)
-        loss = torch.where((end > 0).unsqueeze(-1), loss, torch.inf)  # where the hull has ended, nothing follows
-    target, shift = torch.stack(ends, -1), torch.stack(shifts, -1)
-    # slopes are relative to the steepest of the head, so that levels are the same few thousand for all
-    reference = shift.masked_fill(target == 0, -(1 << 40)).flatten(1).amax(-1).view(-1, 1, 1)
-    return target, (shift - reference).clamp(-SHIFTS, 0)
+    # without waiting for what the device has still to do
+    each = torch.tensor([b / prices.page for b in prices.bytes]).to(loss.device, non_blocking=True)
+    slopes = (loss.unsqueeze(-1) - loss.unsqueeze(-2)) / (each - each.unsqueeze(-1))  # [H, C, from, to]
+    barred = ~(loss < torch.inf)
+    slopes = slopes.masked_fill(barred.unsqueeze(-2), -torch.inf).masked_fill(barred.unsqueeze(-1), torch.inf)
+    return torch.stack([slopes[..., :tier, tier:].amax(-1).amin(-1) for tier in range(1, len(each))], 1)
 
 
-def _choice(bins: Tensor, kind: Tensor, target: Tensor, shift: Tensor, level: Tensor) -> Tensor:
-    """What each token gets at a level of lambda. Shapes: ``level`` int64[H] -> int64[H, N]."""
-    chosen = torch.zeros_like(bins)
-    needs = (level.view(-1, 1, 1) - shift).clamp(0, BINS).to(bins.dtype)
-    needs = needs.masked_fill(target == 0, BINS + 1)
-    target = target.to(bins.dtype)
-    single = target.shape[1] == 1
-    for edge in range(target.shape[-1]):
-        need, end = (x[..., edge] if single else x[..., edge].gather(1, kind) for x in (needs, target))
-        chosen = torch.where(bins >= need, end, chosen)
-    return chosen
+def _reached(loss: Tensor, prices: Prices) -> Tensor:
+    """The greatest level, log2 of lambda = y s_t in bins, at which a cell's tokens get each tier or a wider one; 0 if
+    they never do. Slopes are relative to the head's steepest, so that levels are the same few thousand for all.
 
-
-def _bytes(held: Tensor, prices: Prices) -> Tensor:
-    """Bytes of the pages that so many tokens take. Shapes: int64[H, T, ...] -> int64[H, ...]."""
-    pages = -(-held // prices.page)
-    each = torch.tensor(prices.bytes, device=held.device)
-    return (pages * each.view(-1, *[1] * (held.dim() - 2))).sum(1)
-
-
-def _fill(chosen: Tensor, more: Tensor, counts: Tensor, prices: Prices, budget: Tensor) -> tuple[Tensor, Tensor]:
-    """Give ``more`` instead of ``chosen`` to the first tokens for which the bytes suffice, and count.
-
-    Shapes: int32[H, N] twice, ``counts`` int64[H, T] of what each choice has.
+    Shapes: ``loss`` float32[H, C, T] -> int32[H, T - 1, cells].
     """
-    choices, heads = len(prices.bytes), chosen.shape[0]
-    each = torch.tensor(prices.bytes, device=chosen.device) / prices.page
-    differ = chosen != more
-    rank = differ.cumsum(-1, dtype=torch.int32)
-    width = (rank[:, -1:] + RUNS - 1) // RUNS  # tokens of a run
-    run = torch.where(differ, (rank - 1) // width.clamp(min=1), RUNS)
-    grown = torch.zeros(heads, choices * choices * (RUNS + 1), dtype=torch.int32, device=chosen.device)
-    index = ((chosen * choices + more) * (RUNS + 1) + run).long()
-    grown.scatter_add_(1, index, torch.ones((), dtype=torch.int32, device=chosen.device).expand_as(index))
-    grown = grown.view(heads, choices, choices, RUNS + 1)
-    grown = (grown.sum(1) - grown.sum(2)).masked_fill(torch.arange(RUNS + 1, device=chosen.device) == RUNS, 0)
+    slopes = _slopes(loss, prices).unsqueeze(-1)
+    shift = (slopes.clamp(min=1e-30).log2() * PER_OCTAVE).round()
+    shift = (shift - shift.amax((1, 2), keepdim=True)).clamp(min=-SHIFTS)
+    bins = torch.arange(BINS + 1, dtype=torch.int32, device=loss.device)
+    return torch.where((slopes > 0) & (bins > 0), bins + SHIFTS + shift.int(), 0).flatten(2)
+
+
+def _level(cell: Tensor, reached: Tensor, prices: Prices, budget: Tensor) -> Tensor:
+    """The least level that fits; a greater one may not, where more pages are partly filled.
+
+    Shapes: ``cell`` int32[H, RUNS, length], ``reached`` int32[H, T - 1, cells], ``budget`` int64[H] -> int64[H].
+    """
+    heads, tiers, cells = reached.shape
+    one = torch.ones((), dtype=torch.int32, device=cell.device)
+    counts = torch.zeros(heads * cells, dtype=torch.int32, device=cell.device)
+    counts.index_add_(0, cell.flatten(), one.expand(cell.numel()))
+    wider = torch.zeros(heads, tiers, LEVELS + 1, dtype=torch.int32, device=cell.device)
+    wider.scatter_add_(2, reached.long(), counts.view(heads, 1, cells).expand_as(reached))
+    held = _held(wider[..., 1:].flip(-1).cumsum(-1, dtype=torch.int32))  # from the greatest lambda down
+    fits = _paid(held, prices) <= budget.unsqueeze(-1)
+    return LEVELS - (fits * torch.arange(LEVELS, device=cell.device)).amax(-1)
+
+
+def _held(wider: Tensor) -> Tensor:
+    """Tokens of each tier from those of each tier or a wider one. Shapes: int32[H, T - 1, ...] -> the same."""
+    return torch.cat([wider[:, :-1] - wider[:, 1:], wider[:, -1:]], 1)
+
+
+def _bytes(pages: Tensor, prices: Prices) -> Tensor:
+    """Bytes of so many pages of each tier. Shapes: int32[H, T - 1, ...] -> int64[H, ...]."""
+    total = torch.zeros_like(pages[:, 0], dtype=torch.int64)
+    for tier, price in enumerate(prices.bytes[1:]):
+        total.add_(pages[:, tier], alpha=price)
+    return total
+
+
+def _paid(held: Tensor, prices: Prices) -> Tensor:
+    """Bytes of the pages that so many tokens of each tier take. Shapes: int32[H, T - 1, ...] -> int64[H, ...]."""
+    return _bytes(-(-held // prices.page), prices)
+
+
+def _fill(cell: Tensor, passed: Tensor, prices: Prices, budget: Tensor) -> tuple[Tensor, Tensor]:
+    """The choices of the first stage, those of a later one for the first runs for which the bytes suffice; and how many
+    tokens have each tier.
+
+    Shapes: ``cell`` int32[H, RUNS, length], ``passed`` bool[stages, H, T - 1, cells] whether a stage gives a cell's
+    tokens a tier or a wider one, ``budget`` int64[H] -> int16[H, RUNS, length], int64[H, T - 1].
+    """
+    stages, heads, tiers, cells = passed.shape
+    # a run is a bag of cells: one look at each token counts for all stages and tiers, exactly, as whole numbers
+    table = passed.permute(1, 3, 0, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    wider = F.embedding_bag(cell.flatten(0, 1), table.view(heads * cells, -1), mode="sum").int()
+    wider = wider.view(heads, -1, stages, tiers).permute(2, 0, 3, 1).contiguous()
+    held, *later = (_held(each) for each in wider)
+    stage = torch.zeros_like(cell[..., 0])  # of each run
+    for number, more in enumerate(later, 1):
+        served = _served(held, more, prices, budget)
+        stage = torch.where(served, number, stage)
+        held = torch.where(served.unsqueeze(1), more, held)
+    choice = passed.sum(2, dtype=torch.int16).flatten()
+    chosen = choice.index_select(0, (cell + (stage * (heads * cells)).unsqueeze(-1)).flatten())
+    return chosen.view_as(cell), held.sum(-1)
+
+
+def _served(held: Tensor, more: Tensor, prices: Prices, budget: Tensor) -> Tensor:
+    """The first runs of tokens for which the bytes suffice to hold ``more``.
+
+    Shapes: int32[H, T - 1, RUNS] twice, ``budget`` int64[H] -> bool[H, RUNS].
+    """
+    grown, counts, budget = more - held, held.sum(-1, keepdim=True, dtype=torch.int32), budget.unsqueeze(-1)
     # one that alone is too dear is passed over, for those behind it
-    left = budget.unsqueeze(-1) - (counts * each).sum(-1, keepdim=True)
-    cheap = ((grown * each.view(-1, 1)).sum(1) <= left) & (grown != 0).any(1)
-    total = counts.unsqueeze(-1) + (grown * cheap.unsqueeze(1)).cumsum(-1)
-    fits = (_bytes(total, prices) <= budget.unsqueeze(-1)) & cheap
-    number = torch.arange(RUNS + 1, device=chosen.device)
-    served = cheap & (number <= (fits * number).amax(-1, keepdim=True)) & fits.any(-1, keepdim=True)
-    counts = counts + (grown * served.unsqueeze(1)).sum(-1)
-    return torch.where(served.gather(1, run.long()), more, chosen), counts
+    cheap = (grown != 0).any(1) & (_bytes(counts + grown, prices) <= budget * prices.page)
+    total = counts + (grown * cheap.unsqueeze(1)).cumsum(-1, dtype=torch.int32)
+    fits = cheap & (_paid(total, prices) <= budget)
+    number = torch.arange(1, fits.shape[-1] + 1, device=fits.device)
+    return cheap & (number <= (fits * number).amax(-1, keepdim=True))
 
 
 def _top_up(chosen: Tensor, bins: Tensor, kind: Tensor, loss: Tensor, counts: Tensor, page: int) -> Tensor:
-    """Fill the last page of each choice, the widest first, by the best of the tokens that have less; it costs nothing.
-    They are sought among as many as a page has.
+    """Fill the pages that are paid for, of the widest tier first, by the best of the tokens that have less; it costs
+    nothing. A tier lacks less than a page, and as much again for each wider one that took tokens from it: the best are
+    sought among as many.
 
-    Shapes: ``chosen``, ``bins`` int32[H, N], ``kind`` int64[H, N], ``loss`` float32[H, C, T], ``counts`` int64[H, T] of
-    what each choice has -> int32[H, N].
+    Shapes: ``chosen`` and ``bins`` int16[H, RUNS, length], ``kind`` int64[H, N], ``loss`` float32[H, C, T], ``counts``
+    int64[H, T - 1] of tokens at each tier -> int16[H, RUNS, length].
     """
-    choices = loss.shape[-1]
-    loss = loss.flatten(1)
-    # a token's place in the order: by its bin, of one bin the first first
-    order = (bins.long() << 32) - torch.arange(bins.shape[1], device=bins.device)
-    number = torch.arange(min(page, bins.shape[1]), device=bins.device)
+    choices, places = loss.shape[-1], chosen.shape
+    loss, counts = loss.flatten(1), F.pad(counts, (1, 0))  # the drop has no pages to fill
+    paid = -(-counts // page) * page
     for choice in range(choices - 1, 0, -1):
-        free = -counts[:, choice] % page
-        best, at = torch.where(chosen < choice, order, -1).topk(len(number), -1)
-        own, row = chosen.gather(1, at), kind.gather(1, at) * choices
-        gains = (best >= 0) & (loss.gather(1, row + choice) < loss.gather(1, row + own))
-        taken = gains & (gains.cumsum(-1) <= free.unsqueeze(-1))
-        counts = counts.scatter_add(1, own.long(), -taken.long())
-        counts[:, choice] += taken.sum(-1)
-        chosen = chosen.scatter(1, at, torch.where(taken, choice, own))
+        less = (choice - chosen).clamp_(0, 1)  # as numbers: a CPU's select by a mask in no order is many times slower
+        best, at = _best(less.mul_(bins), page * (choices - choice))
+        own, row = chosen.flatten(1).gather(1, at).long(), kind.gather(1, at) * choices
+        gains = (best > 0) & (loss.gather(1, row + choice) < loss.gather(1, row + own))
+        taken = gains & (gains.cumsum(-1) <= (paid - counts)[:, choice, None])
+        counts = counts.scatter_add(1, own, -taken.long())
+        chosen = chosen.flatten(1).scatter(1, at, torch.where(taken, choice, own).to(chosen.dtype)).view(places)
     return chosen
+
+
+def _best(bins: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Bins and places of the tokens of the greatest bins, of one bin the first first. They lie in as many runs, those
+    whose best are the best: the others need not be looked through.
+
+    Shapes: int16[H, RUNS, length] -> int16[H, count], int64[H, count].
+    """
+    _, runs, length = bins.shape
+    place = torch.arange(max(runs, length), device=bins.device)
+    order = (bins.amax(-1).long() << 32) - place[:runs]
+    run = order.topk(min(count, runs), -1).indices
+    at = (run.unsqueeze(-1) * length + place[:length]).flatten(1)
+    best = bins.flatten(1).gather(1, at)
+    order = (best.long() << 32) - at
+    first = order.topk(min(count, order.shape[1]), -1).indices
+    return best.gather(1, first), at.gather(1, first)
