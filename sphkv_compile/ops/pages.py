@@ -126,6 +126,14 @@ def with_positions(state: State, layout: Layout) -> State:
     return state._replace(positions=torch.where(pages_in_use(state).unsqueeze(-1), found, -1))
 
 
+def trimmed(state: State, places: int | None = None) -> State:
+    """The state with copies of its tables up to ``places``, or to the last that is in use, for which the host waits."""
+    if places is None:
+        places = int(state.held.sum(-1).max())
+    table, tiers = (x[:, :, :places].contiguous() for x in (state.table, state.tiers))
+    return state._replace(table=table, tiers=tiers)
+
+
 def pages_in_use(state: State) -> Tensor:
     """Which places of the tables hold pages of kept tokens. Shapes: -> bool[B, H, P]."""
     return torch.arange(state.table.shape[2], device=state.table.device) < state.held.sum(-1, keepdim=True)

@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sphkv_compile.ops.moves import check_moves, move
-from sphkv_compile.ops.pages import with_positions
+from sphkv_compile.ops.pages import trimmed, with_positions
 from sphkv_compile.policies import DROP
 from sphkv_compile.runtime.pool import give_back, page_bytes
 from sphkv_compile.storage.arena import Arena
@@ -41,17 +42,18 @@ def rearrange(state: State, layout: Layout, g: Geometry, arena: Arena, choice: T
         choice: tier of each token, an index into the menu not smaller than its own, or :data:`DROP`; what it says of
             empty slots does not matter.
 
-    Shapes: ``choice`` uint8[B, H, P, page].
+    Shapes: ``choice`` uint8[B, H, P, page], of all places of the tables or of the first, with all that are in use.
 
     Raises:
         ValueError: a token would get wider, or the layout's tiers do not nest.
         ArenaFull: the new pages do not fit where the old ones were. In all cases nothing has changed.
     """
     check_moves(layout)
-    heads, slots = g.batch * g.heads, state.table.shape[2]
-    positions = with_positions(state, layout).positions.view(heads, slots, layout.page)
+    heads, slots = g.batch * g.heads, choice.shape[2]
+    first = trimmed(state, slots)
+    positions = with_positions(first, layout).positions.view(heads, slots, layout.page)
     used = state.held.sum(-1).view(heads, 1)
-    tier = state.tiers.view(heads, slots)
+    table, tier = first.table.view(heads, slots), first.tiers.view(heads, slots)
     wanted = torch.where(positions >= 0, choice.view(heads, slots, layout.page), DROP)
     if bool((wanted < tier.unsqueeze(-1)).any()):
         raise ValueError("a token of a narrow tier was to become wider; a policy may keep a tier, lower it, or drop")
@@ -76,7 +78,7 @@ def rearrange(state: State, layout: Layout, g: Geometry, arena: Arena, choice: T
     target, owner = of // heads, of % heads
 
     old = in_use & ~whole
-    given, counts = state.table.view(heads, slots)[old], torch.bincount(target, minlength=len(layout.tiers)).tolist()
+    given, counts = table[old], torch.bincount(target, minlength=len(layout.tiers)).tolist()
     with arena.all_or_nothing():
         give_back(given, tier[old], layout, g, arena)
         taken = [o for index, count in enumerate(counts) for o in arena.take(page_bytes(layout, g, index), count)]
@@ -84,7 +86,7 @@ def rearrange(state: State, layout: Layout, g: Geometry, arena: Arena, choice: T
 
     shape = (target.shape[0], layout.page)
     sources = torch.full(shape, -1, dtype=torch.int32, device=used.device)
-    sources[page, within] = state.table.view(heads, slots)[head, slot]
+    sources[page, within] = table[head, slot]
     tiers, places = (torch.zeros(shape, dtype=torch.uint8, device=used.device) for _ in range(2))
     tiers[page, within], places[page, within] = tier[head, slot], inside.to(torch.uint8)
     owners = torch.stack([owner // g.heads, owner % g.heads], 1).int()
@@ -123,10 +125,12 @@ def _tables(
 ) -> None:
     """Each head's pages anew: the narrowest first, then those reserved, which are of the widest.
 
-    Shapes: ``whole``, ``in_use`` bool[heads, P]; ``offsets``, ``owner``, ``target`` [M] of the new pages.
+    Shapes: ``whole``, ``in_use`` bool[heads, P], of the first places; ``offsets``, ``owner``, ``target`` [M] of the new
+    pages.
     """
-    heads, slots = whole.shape
+    heads, slots = whole.shape[0], state.table.shape[2]
     menu = len(layout.tiers)
+    whole, in_use = (F.pad(x, (0, slots - x.shape[1])) for x in (whole, in_use))
     table, tiers = state.table.view(heads, slots), state.tiers.view(heads, slots)
     reserved = ~in_use & (table >= 0)
     keep_head, keep_slot = (whole | reserved).nonzero(as_tuple=True)

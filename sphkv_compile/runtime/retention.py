@@ -14,15 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sphkv_compile.ops.pages import value_lengths, with_positions
-from sphkv_compile.ops.statistics import (
-    Seen,
-    expected_attention,
-    mean_attention,
-    newest_queries,
-    observe,
-    realised_losses,
-)
+from sphkv_compile.ops.pages import trimmed, value_lengths, with_positions
+from sphkv_compile.ops.statistics import Seen, mean_attention, newest_queries, observe, realised_losses
 from sphkv_compile.policies import DROP, Held, Policy
 from sphkv_compile.policies.shares import GRID, shares, whole
 from sphkv_compile.runtime.budget import for_tokens
@@ -80,7 +73,7 @@ class Retention:
             seen = found = list(seen)
             self._share(found, each, count)
         for sites, known in seen:
-            self._retain(pool, sites, known, each[sites.owners[0]], count)
+            self._retain(pool, sites, known, each[sites.owners[0]])
         limit = room + self.aside(pool)
         if pool.arena.nbytes > limit:
             pool.resize(limit)
@@ -110,29 +103,30 @@ class Retention:
         return {o: room * dense[o] / total / (o.geometry.batch * o.geometry.heads) for o in dense}
 
     def _observe(self, owners: list[Owner], count: int) -> Iterator[tuple[Sites, Seen]]:
-        """One kind after the other, with the positions of what they hold."""
+        """One kind after the other, with the positions of what they hold, and nothing behind it in the tables."""
         for group in together(owners):
             sites = stacked(group)
-            seen = observe(sites.state, sites.layout, count, sites.scale)
-            yield sites._replace(state=sites.state._replace(positions=seen.positions)), seen
+            state = trimmed(sites.state)
+            seen = observe(state, sites.layout, count, sites.scale, self._frequencies(sites))
+            yield sites._replace(state=state._replace(positions=seen.positions)), seen
 
-    def _held(self, sites: Sites, seen: Seen, count: int) -> Held:
+    def _held(self, sites: Sites, seen: Seen) -> Held:
         state, layout, g = sites.state, sites.layout, sites.geometry
         return Held(
             seen.positions, state.tiers, state.rows[:, LENGTH], layout.tiers,
             tuple(page_bytes(layout, g, tier) for tier in range(len(layout.tiers))), seen.fresh, seen.mean, seen.recent,
-            self._expected(sites, count), seen.lengths, self._known(sites, self._kappas),
+            seen.expected, seen.lengths, self._known(sites, self._kappas),
         )  # fmt: skip
 
-    def _expected(self, sites: Sites, count: int) -> Tensor | None:
-        """Shapes: -> float32[B, H, P, page]; None where the rotary embedding is not known, or nobody asks."""
-        if not getattr(self.policy, "expects", False):
-            return None
+    def _frequencies(self, sites: Sites) -> Tensor | None:
+        """Of each row's rotary embedding; None where they are not known, or the policy asks for nothing expected.
+
+        Shapes: -> float32[B, rotary_dim / 2].
+        """
         known = [(owner.frequencies, owner.geometry.batch) for owner in sites.owners if owner.frequencies is not None]
-        if len(known) < len(sites.owners):
+        if len(known) < len(sites.owners) or not getattr(self.policy, "expects", False):
             return None
-        frequencies = torch.cat([own.expand(batch, -1) for own, batch in known])
-        return expected_attention(sites.state, sites.layout, count, frequencies, sites.scale)
+        return torch.cat([own.expand(batch, -1) for own, batch in known])
 
     def _known(self, sites: Sites, what: weakref.WeakKeyDictionary[Owner, Tensor]) -> Tensor | None:
         """Shapes: -> float32[B, H] of all the sites; None if nothing is known."""
@@ -154,7 +148,7 @@ class Retention:
         for sites, seen in found:
             equal = each[sites.owners[0]]
             state, layout, g = sites.state, sites.layout, sites.geometry
-            end, known = int(state.rows[:, LENGTH].max()), self._held(sites, seen, count)
+            end, known = int(state.rows[:, LENGTH].max()), self._held(sites, seen)
             choice = self.policy.plan(known, self._budget(sites, equal))
             price = torch.tensor(known.prices, device=choice.device) / layout.page
             stays = (choice != DROP) & (known.positions >= 0)
@@ -172,8 +166,8 @@ class Retention:
         for (sites, _), part in zip(found, parts):
             self._shares.update(zip(sites.owners, part.view(-1, sites.geometry.heads).split(sites.rows)))
 
-    def _retain(self, pool: Pool, sites: Sites, seen: Seen, each: float, count: int) -> None:
-        choice = self.policy.plan(self._held(sites, seen, count), self._budget(sites, each))
+    def _retain(self, pool: Pool, sites: Sites, seen: Seen, each: float) -> None:
+        choice = self.policy.plan(self._held(sites, seen), self._budget(sites, each))
 
         def apply() -> Done:  # once more, if the arena was laid out anew in between
             now = sites.now()
@@ -190,5 +184,6 @@ def mean_worth(sites: Sites, queries: Tensor, first: int) -> Tensor:
     Shapes: ``queries`` [B, HQ, T, D] -> float32[B, H, P, page].
     """
     state, layout = sites.state, sites.layout
-    paid = mean_attention(state, layout, queries, first, sites.scale) * value_lengths(state, layout)
+    at = torch.arange(first, first + queries.shape[2], device=queries.device)
+    paid = mean_attention(state, layout, queries, at, sites.scale)[0] * value_lengths(state, layout)
     return torch.where(with_positions(state, layout).positions >= 0, paid, -1.0)

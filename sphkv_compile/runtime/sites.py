@@ -17,8 +17,8 @@ from sphkv_compile.storage.state import STATE_FIELDS, Geometry, State
 if TYPE_CHECKING:
     from sphkv_compile.runtime.ownership import Owner
 
-MOST = 1 << 23
-"""Slots of tokens that are seen at once: 32 MiB for every number of each."""
+MOST = 1 << 24
+"""Slots of tokens that are seen at once: 64 MiB for every number of each."""
 TABLES = ("table", "tiers", "held")
 
 

@@ -100,7 +100,8 @@ def launches(capability, tier, dim, dtype, masked, rolling, heads=8, columns=409
         state.held.fill_(bulk.PART)
         rows, spans = torch.zeros(batch, heads, 512, dim), state.anchors.shape[2]
         bias, exact = torch.zeros(batch, heads, 512, spans), torch.zeros(batch, heads, 512)
-        statistics.mean_attention(state, layout, rows, bias, exact, torch.arange(128))
+        for parts in ((64, 64), (128,)):
+            statistics.mean_attention(state, layout, rows, bias, exact, torch.arange(128), parts)
         statistics.remember(state, layout, torch.zeros(*state.table.shape, 64), 0, 1000, 128)
     q, k, v = (torch.zeros(1, n * heads, 256, dim, dtype=dtype) for n in (4, 1, 1))
     mask = torch.zeros(1, 1, 256, columns, dtype=torch.bool)

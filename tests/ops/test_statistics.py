@@ -11,20 +11,20 @@ from sphkv_compile.kernels.gpu import statistics as kernels
 from sphkv_compile.ops import statistics
 from sphkv_compile.ops.pages import read_statistics, value_lengths, with_positions, write_statistics
 from sphkv_compile.ops.read import dense
-from sphkv_compile.ops.statistics import HALF_LIFE, expected_attention, mean_attention, observe, realised_losses
+from sphkv_compile.ops.statistics import HALF_LIFE, mean_attention, observe, realised_losses
 from sphkv_compile.storage.state import LENGTH
 
 GROUP, SCALE = 3, 0.3
 
 
-def expected(state, layout, queries, first, every=1):
+def expected(state, layout, queries, at):
     """Shapes: -> float64[B, H, positions]."""
     h, length = state.exact_k.shape[1], int(state.rows[0, LENGTH])
     keys, _ = dense(state, layout, length)
     held = keys.abs().sum(-1) > 0  # a dropped token reads as zeros
     q = queries.double().unflatten(1, (h, -1))
     logits = (q @ keys.double().mT.unsqueeze(2)) * SCALE
-    column, at = torch.arange(length), first + every * torch.arange(queries.shape[2])
+    column = torch.arange(length)
     seen = (column <= at.unsqueeze(-1)) & held[:, :, None, None]
     weights = logits.masked_fill(~seen, -math.inf).softmax(-1).nan_to_num()
     looks = (at >= column.unsqueeze(-1)).sum(-1)
@@ -41,21 +41,25 @@ def expected(state, layout, queries, first, every=1):
 )
 @pytest.mark.parametrize("every", [1, 4])
 def test_against_float64(menu, dim, packing, count, every, monkeypatch):
-    """Queries from before the newest coded tokens on: some look at fewer of them."""
+    """Queries from before the newest coded tokens on: some look at fewer of them. In two parts, each by itself."""
     state, layout, _ = cache(menu, dim, packing)
     length = int(state.rows[0, LENGTH])
     first = length - count
-    q = torch.randn(2, 2 * GROUP, -(-count // every), dim, generator=torch.Generator().manual_seed(5))
-    found = mean_attention(state, layout, q, first, SCALE, every)
+    at = torch.arange(first, length, every)
+    q = torch.randn(2, 2 * GROUP, len(at), dim, generator=torch.Generator().manual_seed(5))
+    parts = (4, len(at) - 4) if every == 4 else (len(at),)
+    found = mean_attention(state, layout, q, at, SCALE, parts)
     positions = with_positions(state, layout).positions
-    want = expected(state, layout, q, first, every)
-    want = want.gather(2, positions.clamp(min=0).long().flatten(2)).view(positions.shape) * (positions >= 0)
+    own = positions.clamp(min=0).long().flatten(2)
+    wanted = [expected(state, layout, q[:, :, of], at[of]) for of in torch.arange(len(at)).split(parts)]
+    wanted = [want.gather(2, own).view(positions.shape) * (positions >= 0) for want in wanted]
     assert bool((positions >= first).any()) == (count > 48)
-    torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-9)
+    for mean, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mean.double(), want, rtol=1e-4, atol=1e-9)
     if packing == "tiles":
         monkeypatch.setattr(statistics, "gpu", lambda *_: kernels)
-        fused = mean_attention(state, layout, q, first, SCALE, every)
-        torch.testing.assert_close(fused.double(), want, rtol=5e-3, atol=1e-7)  # queries are float16
+        for mean, want in zip(mean_attention(state, layout, q, at, SCALE, parts), wanted, strict=True):
+            torch.testing.assert_close(mean.double(), want, rtol=5e-3, atol=1e-7)  # queries are float16
 
 
 FORMS = [(("K4V4", "K4V2"), 64, "rows"), (("K8V4", "K4V4", "K4V2"), 128, "tiles")]
@@ -89,7 +93,7 @@ def test_what_is_observed_is_remembered(menu, dim, packing):
     def expected_of(count):
         """By every fourth of the newest queries, the last of them included."""
         at = torch.arange(length - 1, length - count - 1, -statistics.EVERY).flip(0)
-        return mean_attention(state, layout, memory[:, :, at % 128], int(at[0]), SCALE, statistics.EVERY)
+        return mean_attention(state, layout, memory[:, :, at % 128], at, SCALE)[0]
 
     assert torch.equal(observe(state, layout, 128, SCALE).fresh, there)
     first = expected_of(128)
@@ -117,7 +121,7 @@ def test_a_kernel_remembers_the_same(begun, monkeypatch):
     new, one, two = (torch.rand(shape, generator=torch.Generator().manual_seed(i)) * 1e-3 for i in range(3))
     if begun:
         write_statistics(state, layout, one, two * (two > 1e-4))  # some begin now
-    monkeypatch.setattr(statistics, "mean_attention", lambda *_: new)
+    monkeypatch.setattr(statistics, "mean_attention", lambda *_: [new])
     twin = state._replace(arena=state.arena.clone())
     portable = observe(state, layout, 100, SCALE, fused=False)
     monkeypatch.setattr(statistics, "gpu", lambda *_: kernels)
@@ -148,7 +152,7 @@ def test_expected_attention_against_queries_turned_one_by_one(rope, rotary):
     length, count = int(state.rows[0, LENGTH]), 30
     frequencies = 1e4 ** -(torch.arange(rotary // 2, dtype=torch.float64) / (rotary // 2))
     queries = []
-    for i in range(0, count, statistics.EVERY):
+    for i in reversed(range(count - 1, -1, -statistics.EVERY)):
         was, now = length - count + i, length + 2 * i
         q = memory[:, :, was % 128].double()
         head, rest = q[..., :rotary], q[..., rotary:]
@@ -158,10 +162,10 @@ def test_expected_attention_against_queries_turned_one_by_one(rope, rotary):
         pairs = torch.view_as_real(z)
         head = pairs.transpose(-1, -2).flatten(-2) if rope == "half" else pairs.flatten(-2)
         queries.append(torch.cat([head, rest], -1))
-    want = expected(state, layout, torch.stack(queries, 2), length)
+    want = expected(state, layout, torch.stack(queries, 2), torch.full((len(queries),), length))
     positions = with_positions(state, layout).positions
     want = want.gather(2, positions.clamp(min=0).long().flatten(2)).view(positions.shape) * (positions >= 0)
-    found = expected_attention(state, layout, count, frequencies.float().expand(2, -1), SCALE)
+    found = observe(state, layout, count, SCALE, frequencies.float().expand(2, -1)).expected
     torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-9)
 
 

@@ -23,21 +23,25 @@ from sphkv_compile.storage.state import State
 
 ROWS = 64
 """Query rows that one product takes: as many as four warps of Hopper share."""
+WARPS = 4
 
 
-def mean_attention(state: State, layout: Layout, turned: Tensor, bias: Tensor, exact: Tensor, at: Tensor) -> Tensor:
+def mean_attention(
+    state: State, layout: Layout, turned: Tensor, bias: Tensor, exact: Tensor, at: Tensor, parts: tuple[int, ...]
+) -> list[Tensor]:
     """The kernels' part of :func:`sphkv_compile.ops.statistics.mean_attention`.
 
     Args:
-        at: positions of the queries, ascending. Their R = G * T rows are head by head.
+        at: positions of the queries, whose R = G * T rows are head by head.
+        parts: one or two.
 
     Shapes: ``turned`` float32[B, H, R, D], ``bias`` float32[B, H, R, N], ``exact`` float32[B, H, R], the log-sum-exp of
-    what is exact, in units of log 2; ``at`` int64[T] -> float32[B, H, P, 64].
+    what is exact, in units of log 2; ``at`` int64[T] -> float32[B, H, P, 64] for each part.
     """
     b, h, r, d = turned.shape
     pages, device = state.table.shape[2], turned.device
     used = int(state.held.sum(-1).max())  # the host plans; no step waits for it
-    out = torch.zeros(b, h, pages, 64, dtype=torch.float32, device=device)
+    out = [torch.zeros(b, h, pages, 64, dtype=torch.float32, device=device) for _ in parts]
     if not used:
         return out
     queries, anchors = turned.half(), bias.transpose(2, 3).contiguous()
@@ -46,13 +50,14 @@ def mean_attention(state: State, layout: Layout, turned: Tensor, bias: Tensor, e
         "D": d, "KBITS": tuple(tier.k_bits for tier in layout.tiers),
         "BESIDE": tuple(2 * (tier.k_bits + tier.v_bits) * d for tier in layout.tiers),
         "KSTEPS": tuple(words.step(tier.k_bits) for tier in layout.tiers),
-        "SPAN": layout.span, "SINK": layout.sink, "ROWS": ROWS, "TWIN": not converts(device), "num_warps": 4,
+        "SPAN": layout.span, "SINK": layout.sink, "ROWS": ROWS, "TWO": len(parts) == 2,
+        "TWIN": not converts(device), "num_warps": WARPS,
     }  # fmt: skip
     for whole in (False, True):
         page_attention[(used, b * h)](
             queries, anchors, exact, state.arena.view(torch.int32), words.level_table(device), state.table, state.tiers,
-            state.held, state.rows, lse, out, at.int(), len(at), r, h, state.anchors.shape[2], pages, SUMS=whole,
-            **flags,
+            state.held, state.rows, lse, out[0], out[-1], at.int(), len(at), parts[0], r, h, state.anchors.shape[2],
+            pages, SUMS=whole, **flags,
         )  # fmt: skip
         if not whole:
             exact = torch.logaddexp2(exact, torch.logsumexp(lse * math.log(2), 0) / math.log(2))
@@ -103,14 +108,15 @@ def page_keys(
 
 @triton.jit
 def page_attention(
-    TURNED, BIAS, WHOLE, WORDS, LEVELS, TABLE, TIERS, HELD, COUNTERS, LSE, OUT, AT, T, R, H, NS, NP,
+    TURNED, BIAS, WHOLE, WORDS, LEVELS, TABLE, TIERS, HELD, COUNTERS, LSE, OUT, OTHER, AT, T, FIRST, R, H, NS, NP,
     D: constexpr, KBITS: constexpr, BESIDE: constexpr, KSTEPS: constexpr, SPAN: constexpr, SINK: constexpr,
-    ROWS: constexpr, TWIN: constexpr, SUMS: constexpr,
+    ROWS: constexpr, TWO: constexpr, TWIN: constexpr, SUMS: constexpr,
 ):  # fmt: skip
-    """Each query's log-sum-exp over one page, or the page's mean weights under the queries' whole one.
+    """Each query's log-sum-exp over one page, or the page's mean weights under the queries' whole one: those of the
+    ``FIRST`` of the T queries, and those of the others.
 
     Grid: (pages, B * H). Shapes: ``TURNED`` float16[B * H, R, D], ``BIAS`` float32[B * H, N, R], ``WHOLE`` float32[B *
-    H, R] -> ``LSE`` float32[pages, B * H, R]; ``OUT`` float32[B * H, NP, 64].
+    H, R] -> ``LSE`` float32[pages, B * H, R]; ``OUT`` and ``OTHER`` float32[B * H, NP, 64].
     """
     TIERCOUNT: constexpr = len(KBITS)
     page = tl.program_id(0)
@@ -129,8 +135,8 @@ def page_attention(
         begin = tl.load(COUNTERS + bh // H * WIDTH + START).to(tl.int32) + SINK
         own = tl.maximum(position - begin, 0) // SPAN
         bias = BIAS + (bh * NS + own)[None, :] * R
-        total = tl.zeros([64], tl.float32)
-        looks = tl.zeros([64], tl.int32)  # queries that see the token
+        total, looks = tl.zeros([64], tl.float32), tl.zeros([64], tl.int32)  # queries that see the token
+        others, other_looks = tl.zeros([64], tl.float32), tl.zeros([64], tl.int32)
         for at in tl.range(0, R, ROWS, num_stages=1):
             row = at + j
             inside = row < R
@@ -141,14 +147,22 @@ def page_attention(
             x = tl.where(seen, x, HIDDEN)
             if SUMS:
                 whole = tl.load(WHOLE + bh * R + row, mask=inside, other=0.0)
-                total += tl.sum(tl.exp2(x - whole[:, None]), 0)
-                looks += tl.sum(seen.to(tl.int32), 0)
+                paid, sees = tl.exp2(x - whole[:, None]), seen.to(tl.int32)
+                if TWO:
+                    late = (row % T >= FIRST)[:, None]
+                    others += tl.sum(tl.where(late, paid, 0.0), 0)
+                    other_looks += tl.sum(tl.where(late, sees, 0), 0)
+                    paid, sees = tl.where(late, 0.0, paid), tl.where(late, 0, sees)
+                total += tl.sum(paid, 0)
+                looks += tl.sum(sees, 0)
             else:
                 top = tl.maximum(tl.max(x, 1), EMPTY)
                 tl.store(lse + row, top + tl.log2(tl.maximum(tl.sum(tl.exp2(x - top[:, None]), 1), 1e-30)), mask=inside)
         if SUMS:
-            mean = total / tl.maximum(looks, 1).to(tl.float32)
-            tl.store(OUT + (bh * NP + page) * 64 + i, mean)
+            out = (bh * NP + page) * 64 + i
+            tl.store(OUT + out, total / tl.maximum(looks, 1).to(tl.float32))
+            if TWO:
+                tl.store(OTHER + out, others / tl.maximum(other_looks, 1).to(tl.float32))
     else:
         if not SUMS:
             for at in tl.range(0, R, ROWS, num_stages=1):
