@@ -161,7 +161,8 @@ def refuse_dropped(state: State, first: int, base: int, count: int, mask: Tensor
 
 def _add_pages(softmax: Softmax, call: Call, state: State, layout: Layout, first: int) -> None:
     b, h, g, t, _ = call.q.shape
-    turned, bias = turned_queries(call.q, state, layout)
+    turned = turned_queries(call.q, state, layout)
+    bias = anchor_logits(turned, state)
     used = (
         int(state.held.sum(-1).max())
         if layout.kept
@@ -188,15 +189,15 @@ def _add_pages(softmax: Softmax, call: Call, state: State, layout: Layout, first
             softmax.add(_masked(logits, seen, added), values, weight is not None, weight)
 
 
-def turned_queries(q: Tensor, state: State, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Queries in the keys' frame, and their products with every span's anchor.
-
-    Shapes: ``q`` float32[B, H, G, T, D] -> [B, H, G * T, D], [B, H, G * T, N].
-    """
+def turned_queries(q: Tensor, state: State, layout: Layout) -> Tensor:
+    """Queries in the keys' frame. Shapes: ``q`` float32[B, H, G, T, D] -> [B, H, G * T, D]."""
     rot = layout.rotation(q.shape[-1], q.device)
-    turned = rotate_query(q, state.pair_scale[:, :, None, None], rot).flatten(2, 3)
-    anchors = state.anchors.float() * state.span_scales[..., :1].float()
-    return turned, turned @ anchors.mT
+    return rotate_query(q, state.pair_scale[:, :, None, None], rot).flatten(2, 3)
+
+
+def anchor_logits(turned: Tensor, state: State) -> Tensor:
+    """Products of turned queries with every span's anchor. Shapes: [B, H, G * T, D] -> [B, H, G * T, N]."""
+    return turned @ (state.anchors.float() * state.span_scales[..., :1].float()).mT
 
 
 def key_logits(
@@ -204,8 +205,8 @@ def key_logits(
 ) -> Tensor:
     """Logits of the tokens of some pages of one tier, empty slots too.
 
-    Shapes: ``q`` [B, H, G, T, D], fields [B, H, P, page, bytes], ``slots`` int64[B, H, P, page], ``turned``, ``bias``
-    as of :func:`turned_queries` -> float32[B, H, G * T, P * page].
+    Shapes: ``q`` [B, H, G, T, D], fields [B, H, P, page, bytes], ``slots`` int64[B, H, P, page], ``turned`` and
+    ``bias`` as of :func:`turned_queries` and :func:`anchor_logits` -> float32[B, H, G * T, P * page].
     """
     if tier.k_bits == PASSTHROUGH:
         keys = fields.k.contiguous().view(state.exact_k.dtype).float().flatten(2, 3)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sphkv_compile.ops.attend import PAGES, key_logits, turned_queries
+from sphkv_compile.ops.attend import PAGES, anchor_logits, key_logits, turned_queries
 from sphkv_compile.ops.device import gpu
 from sphkv_compile.ops.pages import (
     read_pages,
@@ -64,11 +64,10 @@ def mean_attention(
     scale = d**-0.5 if scale is None else scale
     parts = (len(at),) if parts is None else parts
     q = (queries.float() * (scale / math.log(2))).unflatten(1, (h, -1))  # logits in units of log 2
-    turned, bias = turned_queries(q, state, layout)
-    exact = _exact_lse(state, layout, q, at)
+    turned, exact = turned_queries(q, state, layout), _exact_lse(state, layout, q, at)
     if fused and (kernels := gpu("statistics", layout, state.arena.device)) is not None:
-        return kernels.mean_attention(state, layout, turned, bias, exact, at, parts)
-    lse, state = exact, with_positions(state, layout)
+        return kernels.mean_attention(state, layout, turned, exact, at, parts)
+    lse, bias, state = exact, anchor_logits(turned, state), with_positions(state, layout)
     for _, logits in _blocks(state, layout, q, turned, bias, at):
         lse = torch.logaddexp2(lse, _lse(logits))
     out = [torch.zeros(*state.table.shape, layout.page, device=queries.device) for _ in parts]
@@ -190,7 +189,8 @@ def realised_losses(
     h, d = state.exact_k.shape[1], queries.shape[-1]
     scale = d**-0.5 if scale is None else scale
     q = (queries.float() * (scale / math.log(2))).unflatten(1, (h, -1))
-    turned, bias = turned_queries(q, state, layout)
+    turned = turned_queries(q, state, layout)
+    bias = anchor_logits(turned, state)
     at = first + torch.arange(q.shape[3], device=q.device)
     lse, state = _exact_lse(state, layout, q, at), with_positions(state, layout)
     for _, logits in _blocks(state, layout, q, turned, bias, at):

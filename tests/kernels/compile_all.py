@@ -98,10 +98,9 @@ def launches(capability, tier, dim, dtype, masked, rolling, heads=8, columns=409
         offsets, token = torch.zeros(n, dtype=torch.int32), torch.zeros(n, 64, dtype=torch.uint8)
         moving.move(state, layout, Moves((1,) * n, offsets, offsets, token.int(), token, token))
         state.held.fill_(bulk.PART)
-        rows, spans = torch.zeros(batch, heads, 512, dim), state.anchors.shape[2]
-        bias, exact = torch.zeros(batch, heads, 512, spans), torch.zeros(batch, heads, 512)
+        rows, exact = torch.zeros(batch, heads, 512, dim), torch.zeros(batch, heads, 512)
         for parts in ((64, 64), (128,)):
-            statistics.mean_attention(state, layout, rows, bias, exact, torch.arange(128), parts)
+            statistics.mean_attention(state, layout, rows, exact, torch.arange(128), parts)
         statistics.remember(state, layout, torch.zeros(*state.table.shape, 64), 0, 1000, 128)
     q, k, v = (torch.zeros(1, n * heads, 256, dim, dtype=dtype) for n in (4, 1, 1))
     mask = torch.zeros(1, 1, 256, columns, dtype=torch.bool)

@@ -27,7 +27,7 @@ WARPS = 4
 
 
 def mean_attention(
-    state: State, layout: Layout, turned: Tensor, bias: Tensor, exact: Tensor, at: Tensor, parts: tuple[int, ...]
+    state: State, layout: Layout, turned: Tensor, exact: Tensor, at: Tensor, parts: tuple[int, ...]
 ) -> list[Tensor]:
     """The kernels' part of :func:`sphkv_compile.ops.statistics.mean_attention`.
 
@@ -35,8 +35,8 @@ def mean_attention(
         at: positions of the queries, whose R = G * T rows are head by head.
         parts: one or two.
 
-    Shapes: ``turned`` float32[B, H, R, D], ``bias`` float32[B, H, R, N], ``exact`` float32[B, H, R], the log-sum-exp of
-    what is exact, in units of log 2; ``at`` int64[T] -> float32[B, H, P, 64] for each part.
+    Shapes: ``turned`` float32[B, H, R, D]; ``exact`` float32[B, H, R], the log-sum-exp of what is exact, in units of
+    log 2; ``at`` int64[T] -> float32[B, H, P, 64] for each part.
     """
     b, h, r, d = turned.shape
     pages, device = state.table.shape[2], turned.device
@@ -44,20 +44,21 @@ def mean_attention(
     out = [torch.zeros(b, h, pages, 64, dtype=torch.float32, device=device) for _ in parts]
     if not used:
         return out
-    queries, anchors = turned.half(), bias.transpose(2, 3).contiguous()
+    queries = turned.half()
     lse = torch.empty(used, b, h, r, dtype=torch.float32, device=device)
     flags = {
         "D": d, "KBITS": tuple(tier.k_bits for tier in layout.tiers),
         "BESIDE": tuple(2 * (tier.k_bits + tier.v_bits) * d for tier in layout.tiers),
         "KSTEPS": tuple(words.step(tier.k_bits) for tier in layout.tiers),
-        "SPAN": layout.span, "SINK": layout.sink, "ROWS": ROWS, "TWO": len(parts) == 2,
-        "TWIN": not converts(device), "num_warps": WARPS,
+        "SPAN": layout.span, "SINK": layout.sink, "ROWS": ROWS,
+        "TALL": triton.next_power_of_2(len(at)), "TWO": len(parts) == 2, "TWIN": not converts(device),
+        "num_warps": WARPS,
     }  # fmt: skip
     for whole in (False, True):
         page_attention[(used, b * h)](
-            queries, anchors, exact, state.arena.view(torch.int32), words.level_table(device), state.table, state.tiers,
-            state.held, state.rows, lse, out[0], out[-1], at.int(), len(at), parts[0], r, h, state.anchors.shape[2],
-            pages, SUMS=whole, **flags,
+            queries, state.anchors, state.span_scales, exact, state.arena.view(torch.int32), words.level_table(device),
+            state.table, state.tiers, state.held, state.rows, lse, out[0], out[-1], at.int(),
+            len(at), parts[0], r, h, state.anchors.shape[2], pages, SUMS=whole, **flags,
         )  # fmt: skip
         if not whole:
             exact = torch.logaddexp2(exact, torch.logsumexp(lse * math.log(2), 0) / math.log(2))
@@ -108,15 +109,17 @@ def page_keys(
 
 @triton.jit
 def page_attention(
-    TURNED, BIAS, WHOLE, WORDS, LEVELS, TABLE, TIERS, HELD, COUNTERS, LSE, OUT, OTHER, AT, T, FIRST, R, H, NS, NP,
+    TURNED, ANCHORS, STEPS, WHOLE, WORDS, LEVELS, TABLE, TIERS, HELD, COUNTERS, LSE, OUT, OTHER, AT,
+    T, FIRST, R, H, NS, NP,
     D: constexpr, KBITS: constexpr, BESIDE: constexpr, KSTEPS: constexpr, SPAN: constexpr, SINK: constexpr,
-    ROWS: constexpr, TWO: constexpr, TWIN: constexpr, SUMS: constexpr,
+    ROWS: constexpr, TALL: constexpr, TWO: constexpr, TWIN: constexpr, SUMS: constexpr,
 ):  # fmt: skip
     """Each query's log-sum-exp over one page, or the page's mean weights under the queries' whole one: those of the
     ``FIRST`` of the T queries, and those of the others.
 
-    Grid: (pages, B * H). Shapes: ``TURNED`` float16[B * H, R, D], ``BIAS`` float32[B * H, N, R], ``WHOLE`` float32[B *
-    H, R] -> ``LSE`` float32[pages, B * H, R]; ``OUT`` and ``OTHER`` float32[B * H, NP, 64].
+    Grid: (pages, B * H). Shapes: ``TURNED`` float16[B * H, R, D], ``ANCHORS`` int8[B * H, N, D], ``STEPS`` bfloat16[B *
+    H, N, 2], ``WHOLE`` float32[B * H, R], ``AT`` int32[T], of which ``TALL`` is a power of two not below -> ``LSE``
+    float32[pages, B * H, R]; ``OUT`` and ``OTHER`` float32[B * H, NP, 64].
     """
     TIERCOUNT: constexpr = len(KBITS)
     page = tl.program_id(0)
@@ -133,36 +136,37 @@ def page_attention(
         tier = tl.load(TIERS + bh * NP + page).to(tl.int32)
         keys, radius, position = page_keys(WORDS, LEVELS, unit, tier, D, KBITS, BESIDE, KSTEPS, TWIN)
         begin = tl.load(COUNTERS + bh // H * WIDTH + START).to(tl.int32) + SINK
-        own = tl.maximum(position - begin, 0) // SPAN
-        bias = BIAS + (bh * NS + own)[None, :] * R
-        total, looks = tl.zeros([64], tl.float32), tl.zeros([64], tl.int32)  # queries that see the token
-        others, other_looks = tl.zeros([64], tl.float32), tl.zeros([64], tl.int32)
+        own = bh * NS + tl.maximum(position - begin, 0) // SPAN
+        anchors = tl.load(ANCHORS + own[:, None] * D + d[None, :]).to(tl.float32)
+        keys = keys.to(tl.float32) * radius[:, None] + anchors * tl.load(STEPS + own * 2).to(tl.float32)[:, None]
+        keys = keys.to(tl.float16)
+        early, late = tl.zeros([ROWS, 64], tl.float32), tl.zeros([ROWS, 64], tl.float32)
         for at in tl.range(0, R, ROWS, num_stages=1):
             row = at + j
             inside = row < R
             q = tl.load(TURNED + (bh * R + row)[:, None] * D + d[None, :], mask=inside[:, None], other=0.0)
-            x = tl.dot(q, tl.trans(keys)) * radius[None, :]
-            x += tl.load(bias + row[:, None], mask=inside[:, None], other=0.0)
+            x = tl.dot(q, tl.trans(keys))
             seen = (position >= 0)[None, :] & (position[None, :] <= tl.load(AT + row % T)[:, None]) & inside[:, None]
             x = tl.where(seen, x, HIDDEN)
             if SUMS:
-                whole = tl.load(WHOLE + bh * R + row, mask=inside, other=0.0)
-                paid, sees = tl.exp2(x - whole[:, None]), seen.to(tl.int32)
+                paid = tl.exp2(x - tl.load(WHOLE + bh * R + row, mask=inside, other=0.0)[:, None])
                 if TWO:
-                    late = (row % T >= FIRST)[:, None]
-                    others += tl.sum(tl.where(late, paid, 0.0), 0)
-                    other_looks += tl.sum(tl.where(late, sees, 0), 0)
-                    paid, sees = tl.where(late, 0.0, paid), tl.where(late, 0, sees)
-                total += tl.sum(paid, 0)
-                looks += tl.sum(sees, 0)
+                    first = (row % T < FIRST)[:, None]
+                    late += tl.where(first, 0.0, paid)
+                    paid = tl.where(first, paid, 0.0)
+                early += paid
             else:
                 top = tl.maximum(tl.max(x, 1), EMPTY)
                 tl.store(lse + row, top + tl.log2(tl.maximum(tl.sum(tl.exp2(x - top[:, None]), 1), 1e-30)), mask=inside)
         if SUMS:
             out = (bh * NP + page) * 64 + i
-            tl.store(OUT + out, total / tl.maximum(looks, 1).to(tl.float32))
+            query = tl.arange(0, TALL)
+            sees = tl.load(AT + query, mask=query < T, other=-2)[:, None] >= position[None, :]
+            looks = tl.sum((sees & (query < FIRST)[:, None]).to(tl.int32), 0) * (R // T)
+            tl.store(OUT + out, tl.sum(early, 0) / tl.maximum(looks, 1).to(tl.float32))
             if TWO:
-                tl.store(OTHER + out, others / tl.maximum(other_looks, 1).to(tl.float32))
+                looks = tl.sum((sees & (query >= FIRST)[:, None]).to(tl.int32), 0) * (R // T)
+                tl.store(OTHER + out, tl.sum(late, 0) / tl.maximum(looks, 1).to(tl.float32))
     else:
         if not SUMS:
             for at in tl.range(0, R, ROWS, num_stages=1):
