@@ -1,4 +1,4 @@
-"""``sphkv bench``: attention (a GPU), writes (a GPU), decode (a CPU), model (a GPU)."""
+"""``sphkv bench``: attention, writes and plan (a GPU), decode (a CPU), model (a GPU)."""
 
 from __future__ import annotations
 
@@ -75,6 +75,30 @@ def writes(
         save(record, "writes", name, out)  # after every row: what was measured is kept
     Console(width=max(console.width, 100)).print(torch.cuda.get_device_name(), bench.table(rows))
     wrote(save(record, "writes", name, out))
+
+
+@app.command()
+def plan(
+    batch: Batches = "1",
+    length: Lengths = "131072",
+    budget: Annotated[str, typer.Option(help="Shares of bfloat16's bytes, separated by commas.")] = "0.125",
+    layers: Annotated[int, typer.Option(help="Of Llama-3-8B's shape.")] = 32,
+    device: str = "cuda",
+    name: Name = None,
+    out: Out = None,
+) -> None:
+    """A plan under a budget beside the steps until the next, on a GPU (--device cpu tries it out)."""
+    need_cuda("plan", device)
+    from sphkv_compile.bench import plan as bench
+
+    rows: list[dict[str, Any]] = []
+    record = {**header(device), "rows": rows}
+    shares = [float(x) for x in budget.split(",")]
+    for row in bench.run(numbers(batch), numbers(length), shares, bench.Shape(layers), device):
+        rows.append(row)
+        save(record, "plan", name, out)  # after every row: what was measured is kept
+    Console(width=max(console.width, 100)).print(record["card"], bench.table(rows))
+    wrote(save(record, "plan", name, out))
 
 
 @app.command()

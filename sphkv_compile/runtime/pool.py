@@ -180,9 +180,8 @@ def reserve(state: State, layout: Layout, g: Geometry, arena: Arena, tokens: int
 
 def give_back(offsets: Tensor, tiers: Tensor, layout: Layout, g: Geometry, arena: Arena) -> None:
     """Return pages, each of its tier. Shapes: int32[n], uint8[n]."""
-    pairs = list(zip(offsets.tolist(), tiers.tolist()))
     for tier in range(len(layout.tiers)):
-        arena.give([offset for offset, own in pairs if own == tier], page_bytes(layout, g, tier))
+        arena.give(offsets[tiers == tier].tolist(), page_bytes(layout, g, tier))
 
 
 def missing(state: State, layout: Layout, tokens: int) -> Tensor:

@@ -17,8 +17,8 @@ from sphkv_compile.storage.state import STATE_FIELDS, Geometry, State
 if TYPE_CHECKING:
     from sphkv_compile.runtime.ownership import Owner
 
-MOST = 1 << 24
-"""Slots of tokens that are seen at once: 64 MiB for every number of each."""
+MOST = 1 << 25
+"""Slots of tokens that are seen at once: 128 MiB for every number of each."""
 TABLES = ("table", "tiers", "held")
 
 
@@ -76,14 +76,15 @@ def stacked(owners: list[Owner], names: tuple[str, ...] = STATE_FIELDS[1:]) -> S
 
 
 def together(owners: list[Owner], most: int = MOST) -> list[list[Owner]]:
-    """Owners of one kind in groups, each of ``most`` slots or of one owner."""
+    """Owners of one kind in groups, as few as there can be and nearly equal, each of ``most`` slots or of one owner."""
     kinds: dict[tuple, list[Owner]] = {}
     for owner in owners:
         kinds.setdefault((owner.layout, owner.geometry, owner.scale), []).append(owner)
     groups = []
     for (layout, _, _), kind in kinds.items():
-        count = max(1, most // max(1, kind[0].state.table.numel() * layout.page))
-        groups += [kind[begin : begin + count] for begin in range(0, len(kind), count)]
+        each = max(1, most // max(1, kind[0].state.table.numel() * layout.page))
+        count = -(-len(kind) // each)
+        groups += [kind[len(kind) * i // count : len(kind) * (i + 1) // count] for i in range(count)]
     return groups
 
 

@@ -7,6 +7,7 @@ from sphkv_compile.ops.append import append
 from sphkv_compile.ops.read import dense
 from sphkv_compile.runtime.ownership import Owner
 from sphkv_compile.runtime.pool import Pool, arena_bytes, page_bytes
+from sphkv_compile.runtime.sites import together
 from sphkv_compile.spec import CacheSpec
 from sphkv_compile.storage.layout import Layout
 from sphkv_compile.storage.state import FAULT, FROZEN, LENGTH, Geometry
@@ -113,3 +114,16 @@ def test_a_row_that_a_device_could_not_write_is_an_error_at_the_next_plan():
         owner.pool.plan(1)
     owner.export("eager code reads it")
     assert owner.state.rows[1, FROZEN] == 1  # what it holds is sound, and may be taken over again
+
+
+def test_sites_of_one_kind_go_in_nearly_equal_groups():
+    """Bug: thirty layers at once and two after them, which cost a plan as much again."""
+    first = made()
+    kinds = first.geometry, first.geometry._replace(batch=3)
+    owners = [Owner(LAYOUT, geometry, first.pool) for geometry in kinds for _ in range(7)]
+    slots = owners[0].state.table.numel() * LAYOUT.page
+    groups = together(owners[:7], most=3 * slots)
+    assert [len(group) for group in groups] == [2, 2, 3]
+    assert [owner for group in groups for owner in group] == owners[:7]
+    assert [len(group) for group in together(owners, most=1)] == [1] * 14  # at least one
+    assert [len(group) for group in together(owners, most=1 << 40)] == [7, 7]  # kinds are not mixed
