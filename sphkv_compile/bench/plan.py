@@ -150,7 +150,14 @@ def row(job: Run, budget: float | str) -> dict[str, Any]:
     length, every = job.length, job.pool.plan_every
     job.length = 0
     job.step(length)
-    spent = [job.step(every) for _ in range(WARM + PLANS)][WARM:]
+    for _ in range(WARM):
+        job.step(every)
+    made = job.pool.plans
+    spent = [job.step(every) for _ in range(PLANS)]
+    if job.pool.plans != made + PLANS:
+        raise RuntimeError(
+            f"{job.pool.plans - made} plans in {PLANS} steps of {every} tokens: these are not what is timed"
+        )
     plan = statistics.median(spent)
     retention = job.pool.retention
     out = {
