@@ -127,7 +127,7 @@ def main(
     ] = None,
     budget: Annotated[
         str | None,
-        typer.Option(help="Bytes for the codes, such as 8MiB, in place of --bits: tokens are dropped for it."),
+        typer.Option(help="Bytes for the codes, 8MiB or 64B/token, in place of --bits: tokens are dropped."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=2)] = 64,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: cuda if there is one.")] = None,

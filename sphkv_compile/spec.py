@@ -64,8 +64,8 @@ class CacheSpec:
     Args:
         bits: one width for keys and values, or ``(k_bits, v_bits)``; ``"K4V2"`` is understood too.
         budget: bytes of one cache over all rows and layers: pages, anchors, positions, statistics and page tables
-            (``"512MiB"``, bytes as int, or a fraction of the model dtype's bytes as float <= 1). Sinks, window and the
-            remembered queries come on top.
+            (``"512MiB"``, bytes as int, a fraction of the model dtype's bytes as float <= 1, or ``"64B/token"``, for
+            each token of the capacity in each row and kv head). Sinks, window and the remembered queries come on top.
         tiers: the menu of a policy that chooses, ``"K8V4,K4V4,K4V2"``: keys and values of a wider tier are no narrower.
         sink: first real tokens of a row, kept exact.
         window: newest tokens, kept exact.
@@ -122,7 +122,7 @@ class CacheSpec:
         if self.budget is None:
             _ = self.tier  # a bad width is named here, not at the first step
         else:
-            parse_bytes(self.budget, dense=1 << 62)  # the form is checked here, the size where the cache is known
+            parse_bytes(self.budget, 1 << 62, 1 << 62)  # the form is checked here, the size where the cache is known
 
     @property
     def chooses(self) -> bool:
@@ -190,28 +190,47 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(known)}; did you mean {near!r}?")
 
 
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_SPELLED = {unit.lower(): unit for unit in _UNITS}
+_AMOUNT = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)(/token)?\s*")
 
 
-def parse_bytes(value: int | float | str, dense: int) -> int:
+def parse_bytes(value: int | float | str, dense: int = 0, tokens: int = 0) -> int:
     """A budget in bytes.
 
     Args:
-        value: bytes, a text with a unit (``"512MiB"``), or a float in (0, 1]: a fraction of ``dense``.
+        value: bytes, as a text in any unit (``"512MiB"``); a float in (0, 1]: a fraction of ``dense``; or a text with
+            ``/token`` behind its unit (``"64B/token"``): bytes for each of ``tokens``.
         dense: bytes of the same cache in model dtype.
+        tokens: how many it has room for, over rows, kv heads and layers.
 
     Raises:
         ValueError: not positive, or not understood.
     """
-    if isinstance(value, str):
-        found = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", value)
-        if not found or found[2].lower() not in _UNITS:
-            raise ValueError(f"budget {value!r}: expected bytes with a unit, such as '512MiB'")
-        value = int(float(found[1]) * _UNITS[found[2].lower()])
-    elif isinstance(value, float):
-        if not 0 < value <= 1:
+    number = _amount_bytes(value, tokens) if isinstance(value, str) else value
+    if isinstance(number, float):
+        if not 0 < number <= 1:
             raise ValueError(f"budget {value!r}: a float is a fraction of the dense bytes, in (0, 1]")
-        value = math.floor(value * dense)
-    if isinstance(value, bool) or value <= 0:
-        raise ValueError(f"budget {value!r}: expected a positive number of bytes")
-    return value
+        number = math.floor(number * dense)
+    if isinstance(number, bool) or number <= 0:
+        raise ValueError(f"budget {value!r}: expected a positive number of bytes; the least is 1")
+    return number
+
+
+def _amount_bytes(text: str, tokens: int) -> int:
+    found = _AMOUNT.fullmatch(text)
+    unit = _SPELLED.get(found[2].lower() or "b") if found else None
+    if not found or not unit or (found[3] and not found[2]):
+        raise ValueError(
+            f"budget {text!r}: expected bytes with a unit, such as '512MiB', or bytes per token and kv head, such as "
+            f"'64B/token'; did you mean {_nearest_amount(text)!r}?"
+        )
+    return math.floor(float(found[1]) * _UNITS[unit] * (tokens if found[3] else 1))
+
+
+def _nearest_amount(text: str) -> str:
+    """What may have been meant: the first number in it, the unit most like its first word, per token if divided."""
+    amount, divided, _ = text.partition("/")
+    number, word = re.search(r"\d+\.?\d*|\.\d+", amount), re.search(r"[A-Za-z]+", amount)
+    unit = difflib.get_close_matches(word[0].lower() if word else "b", _SPELLED, n=1, cutoff=0.0)[0]
+    return (number[0] if number else "64") + _SPELLED[unit] + ("/token" if divided else "")

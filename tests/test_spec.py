@@ -35,6 +35,14 @@ def test_ways_to_give_bits(bits, tier):
         ({"budget": "512 parsecs"}, "512MiB"),
         ({"budget": 1.5}, r"in \(0, 1\]"),
         ({"budget": 0}, "positive"),
+        ({"budget": "0MiB"}, "'0MiB'.*positive"),
+        ({"budget": "0B/token"}, "'0B/token'.*positive"),
+        ({"budget": "64/token"}, "did you mean '64B/token'"),
+        ({"budget": "1.5 kb/tokens"}, "'64B/token'; did you mean '1.5KB/token'"),
+        ({"budget": "64B/head"}, "did you mean '64B/token'"),
+        ({"budget": "-5MiB"}, "did you mean '5MiB'"),
+        ({"budget": "1.2.3MiB"}, "did you mean '1.2MiB'"),
+        ({"budget": "all"}, "did you mean '64"),
     ],
 )
 def test_a_bad_field_is_named_with_what_was_expected(fields, message):
@@ -47,9 +55,15 @@ def test_an_unknown_option_names_the_nearest():
         CacheSpec.from_options({"windo": 3})
 
 
-@pytest.mark.parametrize(("value", "expected"), [("1KiB", 1024), ("2 MB", 2_000_000), (77, 77), (0.25, 250), ("9", 9)])
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        *[("1KiB", 1024), ("2 MB", 2_000_000), ("1gib", 2**30), (77, 77), (0.25, 250), ("9", 9)],
+        *[("64B/token", 640), ("1.5 KiB/token", 15360), (".25b/token", 2)],
+    ],
+)
 def test_budgets_in_bytes(value, expected):
-    assert parse_bytes(value, dense=1000) == expected
+    assert parse_bytes(value, dense=1000, tokens=10) == expected
 
 
 SITES = [Geometry(1, 2, 1024, 64, 64, torch.bfloat16, torch.bfloat16, False)] * 3
@@ -61,6 +75,19 @@ def test_a_budget_buys_the_widest_tier_that_fits_and_no_wider():
     for tier, need in zip(WIDEST_FIRST, needs):
         fixed = resolve(CacheSpec(budget=need, policy="keep_all"), SITES)
         assert fixed.tier == tier and full_bytes(fixed, SITES) <= need
+
+
+def test_bytes_per_token_are_of_each_row_and_kv_head_over_the_capacity():
+    """Of what a policy may drop: a sliding window neither counts nor takes."""
+    sites = [Geometry(3, 2, 1024, 64, 64, torch.bfloat16, torch.bfloat16, False), SITES[0]._replace(capacity=2048)]
+    every = resolve(CacheSpec(budget="40B/token", policy="keep_all"), [*SITES, SITES[0]])
+    assert every == resolve(CacheSpec(budget=40 * 4 * 2 * 1024, policy="keep_all"), [*SITES, SITES[0]])
+    assert resolve(CacheSpec(budget="40B/token"), [*SITES, SITES[0]]).budget == 40 * 4 * 2 * 1024
+    assert resolve(CacheSpec(budget="40B/token"), [sites[1], *SITES]).budget == 40 * 2 * 2048
+    rows = [sites[0], sites[0]._replace(heads=1)]
+    assert resolve(CacheSpec(budget="40B/token"), rows).budget == 40 * 3 * 1024 * (2 + 1)
+    with pytest.raises(ValueError, match=r"budget='1B/token' is 12,288 bytes; .* at least"):
+        resolve(CacheSpec(budget="1B/token"), [*SITES, *SITES])
 
 
 def test_a_budget_too_small_says_the_least_possible():

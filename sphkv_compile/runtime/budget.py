@@ -36,7 +36,7 @@ def resolve(spec: CacheSpec, sites: list[Geometry]) -> CacheSpec:
         )
     if spec.chooses:  # sliding windows do not grow, and are not what a budget is for
         sites = [g for g, kept in zip(sites, may_drop(spec, sites)) if kept]
-    limit = parse_bytes(spec.budget, sum(g.dense_bytes for g in sites))
+    limit = parse_bytes(spec.budget, sum(g.dense_bytes for g in sites), sum(g.tokens for g in sites))
     for tier in WIDEST_FIRST:
         if spec.chooses and tier < spec.menu[0]:
             break

@@ -102,10 +102,15 @@ class Geometry(NamedTuple):
         return self.k_dtype.itemsize, self.v_dtype.itemsize
 
     @property
+    def tokens(self) -> int:
+        """Tokens that the cache has room for, over rows and kv heads."""
+        return self.batch * self.heads * self.capacity
+
+    @property
     def dense_bytes(self) -> int:
         """Bytes of the dense cache."""
         k, v = self.itemsize
-        return self.batch * self.heads * self.capacity * (self.k_dim * k + self.v_dim * v)
+        return self.tokens * (self.k_dim * k + self.v_dim * v)
 
 
 @torch.inference_mode(False)

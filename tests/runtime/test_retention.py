@@ -71,6 +71,18 @@ def test_resident_bytes_stay_within_the_budget_at_every_step(share):
     assert used == sum(site.pages for site in held.sites)
 
 
+def test_a_budget_in_bytes_per_token():
+    """Of each row, layer and kv head, over the capacity, and of everything that is counted."""
+    model = Model(budget="10B/token")
+    cache, ids = model.cache(), model.ids(440)
+    model(cache, ids[:, :400])
+    for t in range(400, 440):
+        model(cache, ids[:, t : t + 1])
+        held = sphkv_compile.report(cache)
+        assert held.budgeted_bytes <= held.budget == 10 * 2 * 2 * 2 * CAPACITY
+    assert held.budgeted_bytes > 0.85 * held.budget and held.dropped_tokens > 0
+
+
 @pytest.mark.slow
 def test_two_thousand_tokens():
     """Bytes are flat and within the budget at every step, what one tier frees serves others, nothing is compiled again,
