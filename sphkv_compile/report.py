@@ -27,6 +27,7 @@ class SiteReport:
         resident_tokens: tokens held per kv head, coded or exact, over all rows.
         encoded_tokens: those of them that are codes.
         kept: whether its tokens are a policy's to choose.
+        keep_all_heads: (row, kv head) of those that keep every token under a budget that others drop for.
         certificates: per (row, kv head).
 
     Units: bytes, tokens.
@@ -48,6 +49,7 @@ class SiteReport:
     exports: int
     recoded_tokens: int
     kept: bool = False
+    keep_all_heads: list[tuple[int, int]] = field(default_factory=list)
     certificates: list[Certificate] = field(default_factory=list)
 
     @property
@@ -68,6 +70,7 @@ class Report:
         aside_bytes: of the arena, what does not grow and comes on top of the budget: pages for what leaves the window
             before the next plan, and those of sliding windows.
         dropped_tokens, demoted_tokens: of a kv head, over all plans.
+        wanted_keep_all: heads that should keep every token; there are fewer where the budget is not for so many.
 
     Units: bytes, tokens, pages.
     """
@@ -81,6 +84,7 @@ class Report:
     aside_bytes: int = 0
     dropped_tokens: int = 0
     demoted_tokens: int = 0
+    wanted_keep_all: int = 0
 
     def _sum(self, name: str) -> int:
         return sum(getattr(site, name) for site in self.sites)
@@ -122,6 +126,11 @@ class Report:
         """Share of what is not codes in pages and tables: radii, scales, anchors, positions, page tables."""
         grown = self.page_bytes + self._sum("table_bytes")
         return (self._sum("metadata_bytes") + self._sum("table_bytes")) / grown if grown else 0.0
+
+    @property
+    def keep_all_heads(self) -> list[tuple[int, int, int]]:
+        """(site, row, kv head) of those that keep every token."""
+        return [(i, *head) for i, site in enumerate(self.sites) for head in site.keep_all_heads]
 
     @property
     def flagged(self) -> list[tuple[int, Certificate]]:
@@ -168,6 +177,7 @@ def report(obj: Any) -> Report:
         sum(p.retention.aside(p) for p in pools if p.retention is not None),
         sum(r.done.dropped for r in retentions),
         sum(r.done.demoted for r in retentions),
+        sum(p.retention.wanted(p) for p in pools if p.retention is not None),
     )
 
 
@@ -176,6 +186,7 @@ def _site(owner: Owner) -> SiteReport:
     rows = state.rows.tolist()
     held = int((with_positions(state, layout).positions >= 0).sum())
     exact = sum(_exact(layout, row) for row in rows) * g.heads
+    keeps = owner.pool.retention.keeps.get(owner) if owner.pool.retention else None
     sizes = [layout.page_bytes(t, g.k_dim, g.v_dim, g.itemsize) for t in layout.tiers]
     extra = [layout.fields(t, g.k_dim, g.v_dim, g.itemsize).metadata * layout.page for t in layout.tiers]
     used = [int(((state.table >= 0) & (state.tiers == i)).sum()) for i in range(len(sizes))]
@@ -196,6 +207,7 @@ def _site(owner: Owner) -> SiteReport:
         owner.exports,
         owner.recoded_tokens,
         layout.kept,
+        [] if keeps is None else [tuple(head) for head in keeps.nonzero().tolist()],
         certificate(state, layout, owner.scale),
     )
 
@@ -258,6 +270,7 @@ def _totals(r: Report) -> Table:
         ("metadata share beyond the window", f"{100 * r.metadata_share:.1f} %"),
         ("plans, freed pages", f"{r.plans:,}, {r.freed_pages:,}"),
         ("tokens dropped, demoted (over kv heads)", f"{r.dropped_tokens:,}, {r.demoted_tokens:,}"),
+        ("heads that keep every token, asked for", f"{len(r.keep_all_heads)}, {r.wanted_keep_all}"),
         (
             "imports, exports, re-encoded tokens",
             f"{r._sum('imports')}, {r._sum('exports')}, {r._sum('recoded_tokens')}",

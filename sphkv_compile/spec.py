@@ -20,6 +20,8 @@ PASSTHROUGH = 16
 BITS = (2, 3, 4, 8, PASSTHROUGH)
 CODECS = ("axis_cosine", "pair_polar", "chain", "tree")
 POLICIES = ("keep_all", "rdr", "uniform", "window", "heavy_hitter", "snapkv", "expected_attention")
+SHARING = ("rdr",)
+"""Policies under which heads get bytes by what they would lose."""
 COMPILER_OPTIONS = ("mode", "inductor")
 """Keys of the backend's ``options`` that say how graphs are compiled; every other is a field of CacheSpec."""
 
@@ -75,6 +77,9 @@ class CacheSpec:
         policy: which tokens stay, and at which tier: ``"rdr"`` where a budget is given, else ``"keep_all"``, which
             with a budget picks the widest tier that all tokens fit at. Or a policy object of the user's
             (:class:`sphkv_compile.policies.Policy`).
+        keep_all_heads: of all heads, the share that keeps every token from the first plan on that sees 128 queries:
+            those that would lose most by dropping, or as many of them as the budget holds, at the narrowest tier of 4
+            bits or more. The others share what is left.
         plan_every: steps between two plans.
         seed: of the rotation's signs.
         strict: raise where a site cannot be rewritten, instead of leaving it dense.
@@ -93,6 +98,7 @@ class CacheSpec:
     codec: str = "axis_cosine"
     policy: Any = None
     tiers: str | tuple[str, ...] = "K8V4,K4V4,K4V2"
+    keep_all_heads: float = 0.0
     plan_every: int = 128
     seed: int = 0
     strict: bool = False
@@ -119,6 +125,7 @@ class CacheSpec:
             if self.budget is None:
                 raise ValueError(f"policy={self.policy!r} needs a budget, such as budget=0.25 or budget='512MiB'")
             self._check_menu()
+        self._check_heads()
         if self.budget is None:
             _ = self.tier  # a bad width is named here, not at the first step
         else:
@@ -151,6 +158,17 @@ class CacheSpec:
                 )
         if self.page % 4:
             raise ValueError(f"page={self.page} with policy {self.policy!r}: expected a multiple of 4, such as 64")
+
+    def _check_heads(self) -> None:
+        if not 0 <= self.keep_all_heads <= 1:
+            nearest = min(max(self.keep_all_heads, 0), 1)
+            raise ValueError(f"keep_all_heads={self.keep_all_heads!r}: expected a share in [0, 1]; nearest {nearest}")
+        shares = self.policy in SHARING if isinstance(self.policy, str) else getattr(self.policy, "shares", False)
+        if self.keep_all_heads and not shares:
+            raise ValueError(
+                f"keep_all_heads={self.keep_all_heads!r} with policy {self.policy!r}: its heads do not share a budget "
+                f"by what they lose; expected one of {', '.join(SHARING)}, or a policy object with shares = True"
+            )
 
     @property
     def tier(self) -> Tier:

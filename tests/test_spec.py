@@ -1,5 +1,7 @@
 """CacheSpec: what is accepted, and what an error says."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -43,6 +45,10 @@ def test_ways_to_give_bits(bits, tier):
         ({"budget": "-5MiB"}, "did you mean '5MiB'"),
         ({"budget": "1.2.3MiB"}, "did you mean '1.2MiB'"),
         ({"budget": "all"}, "did you mean '64"),
+        ({"budget": 0.1, "keep_all_heads": 1.2}, "nearest 1"),
+        ({"budget": 0.1, "keep_all_heads": -0.1}, "nearest 0"),
+        ({"budget": 0.1, "keep_all_heads": 0.1, "policy": "snapkv"}, "'snapkv'.*expected one of rdr"),
+        ({"bits": 4, "keep_all_heads": 0.1}, "'keep_all'.*expected one of rdr"),
     ],
 )
 def test_a_bad_field_is_named_with_what_was_expected(fields, message):
@@ -94,6 +100,12 @@ def test_a_budget_too_small_says_the_least_possible():
     least = full_bytes(CacheSpec(bits="K2V2"), SITES)
     with pytest.raises(ValueError, match=f"at least {least:,} bytes"):
         resolve(CacheSpec(budget=least - 1, policy="keep_all"), SITES)
+
+
+def test_heads_that_keep_all_need_no_saying_where_all_do():
+    spec = CacheSpec(budget=1.0, keep_all_heads=0.5)
+    assert resolve(spec, SITES).keep_all_heads == 0
+    assert resolve(dataclasses.replace(spec, budget=0.1), SITES).keep_all_heads == 0.5
 
 
 def test_a_growing_cache_has_no_budget():

@@ -64,6 +64,7 @@ METHODS: dict[str, Contender] = {
     "rdr": coded(),
     "rdr, equal heads": coded(policy=EqualHeads()),
     "rdr, one tier": coded(tiers="K4V4"),
+    "rdr, keep-all heads": coded(keep_all_heads=0.2),
     "4-bit eviction, same utilities": coded(policy=EqualHeads(), tiers="K4V4"),
     **{
         name: coded(policy=policy, tiers="K4V4")

@@ -30,12 +30,11 @@ from torch import Tensor
 from examples.eval.attention import install, visible
 from sphkv_compile.ops import schema
 from sphkv_compile.ops.decode import packing
-from sphkv_compile.policies import POLICIES
 from sphkv_compile.runtime.budget import may_drop, resolve
 from sphkv_compile.runtime.ownership import Owner
 from sphkv_compile.runtime.pool import Pool, arena_bytes, page_bytes
 from sphkv_compile.runtime.retention import Retention
-from sphkv_compile.spec import CacheSpec, parse_bytes
+from sphkv_compile.spec import CacheSpec
 from sphkv_compile.storage.layout import UNIT, Layout
 from sphkv_compile.storage.state import SPANS, Geometry
 
@@ -203,8 +202,7 @@ class Coded(Cache):
         spec, device = self.spec, self.prompt.model.device
         if not spec.chooses:
             return Pool(nbytes, spec.plan_every, device)
-        policy = POLICIES[spec.policy]() if isinstance(spec.policy, str) else spec.policy
-        return Pool(UNIT, spec.plan_every, device, Retention(policy, parse_bytes(spec.budget or 0, 0)))
+        return Pool(UNIT, spec.plan_every, device, Retention.of(spec))
 
     def _layout(self, g: Geometry, kept: bool) -> Layout:
         device, rotary = self.prompt.model.device, self.prompt.angles([0])[0].shape[-1]

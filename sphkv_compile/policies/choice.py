@@ -42,6 +42,18 @@ def by_position(held: Held) -> Tensor:
     return torch.where(held.positions >= 0, held.positions, none).flatten(2).argsort(-1)
 
 
+def at_one_tier(held: Held, budget: Tensor) -> tuple[Tensor, Tensor]:
+    """All tokens of a head at the widest tier at which its bytes hold them all, and whether there is such a tier.
+
+    Shapes: ``budget`` int64[B, H] -> uint8[B, H, P, page], bool[B, H, 1, 1].
+    """
+    pages = -(-(held.positions >= 0).sum((2, 3)) // held.positions.shape[-1])
+    fits = pages.unsqueeze(-1) * torch.tensor(held.prices, device=pages.device) <= budget.unsqueeze(-1)
+    widest = fits.int().argmax(-1).to(torch.uint8)
+    plan = torch.maximum(widest[..., None, None], held.tiers.unsqueeze(-1)).expand_as(held.positions)
+    return plan, fits.any(-1)[..., None, None]
+
+
 def evict(held: Held, worth: Tensor, budget: Tensor | None, name: str) -> Tensor:
     """The most worthy tokens as they are coded, nothing of the others: shapes and errors as for :func:`choose`."""
     choices = len(held.menu)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sphkv_compile.policies.base import DROP, Held, Policy
-from sphkv_compile.policies.choice import choose
+from sphkv_compile.policies.choice import at_one_tier, choose
 
 
 class Uniform(Policy):
@@ -25,9 +25,5 @@ class Uniform(Policy):
         losses = losses.expand(*held.tiers.shape[:2], -1, -1)
         newest = choose(held, 1 / age.float(), torch.zeros_like(age, dtype=torch.int64), losses, budget, self.name)
 
-        pages = -(-(held.positions >= 0).sum((2, 3)) // held.positions.shape[-1])
-        prices = torch.tensor(held.prices, device=pages.device)
-        fits = pages.unsqueeze(-1) * prices <= budget.unsqueeze(-1)  # type: ignore[union-attr]  # choose() asked for it
-        widest = fits.int().argmax(-1).to(torch.uint8).view(*pages.shape, 1, 1)
-        whole = torch.maximum(widest, held.tiers.unsqueeze(-1)).expand_as(held.positions)
-        return torch.where(fits.any(-1).view(*pages.shape, 1, 1) & (newest != DROP), whole, newest)
+        whole, fits = at_one_tier(held, budget)  # type: ignore[arg-type]  # choose() asked for it
+        return torch.where(fits & (newest != DROP), whole, newest)

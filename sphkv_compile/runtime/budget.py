@@ -40,7 +40,7 @@ def resolve(spec: CacheSpec, sites: list[Geometry]) -> CacheSpec:
     for tier in WIDEST_FIRST:
         if spec.chooses and tier < spec.menu[0]:
             break
-        fixed = dataclasses.replace(spec, budget=None, policy=None, bits=(tier.k_bits, tier.v_bits))
+        fixed = dataclasses.replace(spec, budget=None, policy=None, keep_all_heads=0, bits=(tier.k_bits, tier.v_bits))
         need = full_bytes(fixed, sites)
         if need <= limit:
             return fixed

@@ -16,13 +16,15 @@ from torch import Tensor
 
 from sphkv_compile.ops.pages import trimmed, value_lengths, with_positions
 from sphkv_compile.ops.statistics import Seen, mean_attention, newest_queries, observe, realised_losses
-from sphkv_compile.policies import DROP, Held, Policy
-from sphkv_compile.policies.shares import GRID, shares, whole
+from sphkv_compile.policies import DROP, POLICIES, Held, Policy
+from sphkv_compile.policies.choice import at_one_tier
+from sphkv_compile.policies.shares import GRID, keepers, shares, whole
 from sphkv_compile.runtime.budget import for_tokens
 from sphkv_compile.runtime.certificate import kappa
 from sphkv_compile.runtime.pool import Pool, arena_bytes, page_bytes
 from sphkv_compile.runtime.retain import Done, rearrange
 from sphkv_compile.runtime.sites import Sites, counters, stacked, together
+from sphkv_compile.spec import CacheSpec, parse_bytes
 from sphkv_compile.storage.layout import MEMORY, UNIT
 from sphkv_compile.storage.state import LENGTH
 
@@ -31,6 +33,11 @@ if TYPE_CHECKING:
 
 
 NOTHING = Done(0, 0, 0, 0, 0)
+KEEP_BITS = 4
+"""Bits of keys and values that a head which keeps every token has bytes for, where the menu has such a tier: with K4V2
+for all their tokens such heads lose more than they did by dropping some. Geometric mean of KL on two documents that are
+not reported (SmolLM2, 2,048 tokens, 12.5 % of bfloat16's bytes, a fifth of the heads): .0034 with K4V4, .0066 with
+K4V2, .0035 where no head keeps all: examples/eval/keep_all.json."""
 
 
 @dataclass
@@ -39,23 +46,36 @@ class Retention:
 
     Args:
         budget: of pages, anchors, positions, statistics and page tables of all sites of the pool.
+        keep_all_heads: the share of heads that should keep every token.
         done: by all plans so far.
+        keeps: the heads that do, of each site, once queries have said which; nothing where none should.
+
+    Shapes: ``keeps`` bool[B, H] of each.
 
     Units: bytes.
     """
 
     policy: Policy
     budget: int
+    keep_all_heads: float = 0.0
     done: Done = NOTHING
+    keeps: weakref.WeakKeyDictionary[Owner, Tensor] = field(default_factory=weakref.WeakKeyDictionary)
     _kappas: weakref.WeakKeyDictionary[Owner, Tensor] = field(default_factory=weakref.WeakKeyDictionary)
     _shares: weakref.WeakKeyDictionary[Owner, Tensor] = field(default_factory=weakref.WeakKeyDictionary)
 
+    @classmethod
+    def of(cls, spec: CacheSpec) -> Retention:
+        """As a spec says whose budget is resolved to bytes."""
+        policy = POLICIES[spec.policy]() if isinstance(spec.policy, str) else spec.policy
+        return cls(policy, parse_bytes(spec.budget or 0), spec.keep_all_heads)
+
     def anew(self) -> Retention:
         """The same, of a cache about which nothing is known."""
-        return Retention(self.policy, self.budget)
+        return Retention(self.policy, self.budget, self.keep_all_heads)
 
     def begin(self) -> None:
         """Another prompt: heads may lose otherwise."""
+        self.keeps.clear()
         self._shares.clear()
         self._kappas.clear()
 
@@ -71,7 +91,7 @@ class Retention:
         seen: Iterable[tuple[Sites, Seen]] = self._observe(owners, count)
         if count == MEMORY and getattr(self.policy, "shares", False) and not len(self._shares):
             seen = found = list(seen)
-            self._share(found, each, count)
+            self._share(found, each, count, self.wanted(pool))
         for sites, known in seen:
             self._retain(pool, sites, known, each[sites.owners[0]])
         limit = room + self.aside(pool)
@@ -82,6 +102,11 @@ class Retention:
         """What the budget leaves for pages of kept tokens, and the bytes that are free between them."""
         tables = sum(owner.state.table_bytes for owner in pool.members if owner.layout.kept)
         return max(0, (self.budget - tables) // UNIT * UNIT)
+
+    def wanted(self, pool: Pool) -> int:
+        """How many heads should keep every token."""
+        kept = [owner.geometry for owner in pool.members if owner.layout.kept]
+        return round(self.keep_all_heads * sum(g.batch * g.heads for g in kept))
 
     def aside(self, pool: Pool) -> int:
         """Bytes of the arena that do not grow with the length and come on top of the budget, as the window does: pages
@@ -137,37 +162,57 @@ class Retention:
         held = sites.state.held
         share = self._known(sites, self._shares)
         wanted = torch.full(held.shape[:2], each, device=held.device) if share is None else each * share
+        if (keeps := self._known(sites, self.keeps)) is not None:
+            wanted = torch.where(keeps, float(whole_bytes(sites)), wanted)
         narrowest = page_bytes(sites.layout, sites.geometry, len(sites.layout.tiers) - 1)
         return whole(wanted.flatten(), narrowest).view(wanted.shape)
 
-    def _share(self, found: list[tuple[Sites, Seen]], each: dict[Owner, float], count: int) -> None:
-        """Shares of all heads, once: from the first queries that there are, the second half of which says what would
-        have been lost by what the first half says of the tokens. How many tokens a share buys is asked of the policy,
-        which chooses their tiers."""
-        half, losses, weights = count // 2, [], []
+    def _share(self, found: list[tuple[Sites, Seen]], each: dict[Owner, float], count: int, keep: int) -> None:
+        """Which heads keep every token, and the shares of the others, once."""
+        losses, sizes = [], []
         for sites, seen in found:
             equal = each[sites.owners[0]]
-            state, layout, g = sites.state, sites.layout, sites.geometry
-            end, known = int(state.rows[:, LENGTH].max()), self._held(sites, seen)
-            choice = self.policy.plan(known, self._budget(sites, equal))
-            price = torch.tensor(known.prices, device=choice.device) / layout.page
-            stays = (choice != DROP) & (known.positions >= 0)
-            paid = torch.where(stays, price[torch.where(stays, choice, 0).long()], 0.0)
-            mean_price = paid.sum((2, 3)) / stays.sum((2, 3)).clamp(min=1)
-            bought = equal * torch.tensor(GRID, device=price.device) / mean_price.clamp(min=1e-3).unsqueeze(-1)
-            lost = realised_losses(
-                state, layout, mean_worth(sites, newest_queries(state, end - count, end - half), end - count),
-                bought.long(), newest_queries(state, end - half, end), end - half, sites.scale,
-            )  # fmt: skip
-            losses.append(lost.flatten(0, 1))
-            weights.append(torch.full((g.batch * g.heads,), equal, device=lost.device))
-            self._kappas.update(zip(sites.owners, kappa(state, layout, sites.scale).split(sites.rows)))
-        parts = shares(torch.cat(losses), torch.cat(weights)).split([len(w) for w in weights])
-        for (sites, _), part in zip(found, parts):
-            self._shares.update(zip(sites.owners, part.view(-1, sites.geometry.heads).split(sites.rows)))
+            losses.append(self._losses(sites, seen, equal, count))
+            sizes.append(head_bytes(sites, equal))
+            self._kappas.update(zip(sites.owners, kappa(sites.state, sites.layout, sites.scale).split(sites.rows)))
+        counts = [len(x) for x in losses]
+        lost, (equals, needs, least) = torch.cat(losses), torch.cat(sizes).unbind(-1)
+        keeps = keepers(lost, needs, least, float(equals.sum()), keep)
+        others, parts = ~keeps, torch.ones_like(lost[:, 0])
+        left = (equals.sum() - needs[keeps].sum()) / equals[others].sum()
+        parts[others] = shares(lost[others], equals[others].float(), float(left))
+        for (sites, _), part, own in zip(found, parts.split(counts), keeps.split(counts)):
+            heads = sites.geometry.heads
+            self._shares.update(zip(sites.owners, part.view(-1, heads).split(sites.rows)))
+            if keep:
+                self.keeps.update(zip(sites.owners, own.view(-1, heads).split(sites.rows)))
+
+    def _losses(self, sites: Sites, seen: Seen, equal: float, count: int) -> Tensor:
+        """What each head would have lost with each share of ``GRID``: from the first queries that there are, the second
+        half of which says what would have been lost by what the first half says of the tokens. How many tokens a share
+        buys is asked of the policy, which chooses their tiers.
+
+        Shapes: -> float32[B * H, len(GRID)].
+        """
+        state, layout = sites.state, sites.layout
+        end, half, known = int(state.rows[:, LENGTH].max()), count // 2, self._held(sites, seen)
+        choice = self.policy.plan(known, self._budget(sites, equal))
+        price = torch.tensor(known.prices, device=choice.device) / layout.page
+        stays = (choice != DROP) & (known.positions >= 0)
+        paid = torch.where(stays, price[torch.where(stays, choice, 0).long()], 0.0)
+        mean_price = paid.sum((2, 3)) / stays.sum((2, 3)).clamp(min=1)
+        bought = equal * torch.tensor(GRID, device=price.device) / mean_price.clamp(min=1e-3).unsqueeze(-1)
+        return realised_losses(
+            state, layout, mean_worth(sites, newest_queries(state, end - count, end - half), end - count),
+            bought.long(), newest_queries(state, end - half, end), end - half, sites.scale,
+        ).flatten(0, 1)  # fmt: skip
 
     def _retain(self, pool: Pool, sites: Sites, seen: Seen, each: float) -> None:
-        choice = self.policy.plan(self._held(sites, seen), self._budget(sites, each))
+        held, budget = self._held(sites, seen), self._budget(sites, each)
+        choice = self.policy.plan(held, budget)
+        if (keeps := self._known(sites, self.keeps)) is not None:
+            all_tokens, fits = at_one_tier(held, budget)
+            choice = torch.where(fits & keeps[..., None, None], all_tokens, choice)
 
         def apply() -> Done:  # once more, if the arena was laid out anew in between
             now = sites.now()
@@ -176,6 +221,24 @@ class Retention:
             return done
 
         self.done = Done(*map(sum, zip(self.done, pool.fit(apply))))
+
+
+def whole_bytes(sites: Sites) -> int:
+    """Bytes with which a head keeps every token up to the capacity, at the narrowest tier of ``KEEP_BITS`` or more."""
+    layout, g = sites.layout, sites.geometry
+    wide = [tier for tier, own in enumerate(layout.tiers) if min(own.k_bits, own.v_bits) >= KEEP_BITS]
+    return layout.spans(g.capacity, False) * layout.pages_per_span * page_bytes(layout, g, max(wide, default=0))
+
+
+def head_bytes(sites: Sites, equal: float) -> Tensor:
+    """Of each head: an equal share, what keeps every token, and the least, a page of each tier.
+
+    Shapes: -> float64[B * H, 3].
+    """
+    layout, g = sites.layout, sites.geometry
+    least = sum(page_bytes(layout, g, tier) for tier in range(len(layout.tiers)))
+    one = torch.tensor([equal, whole_bytes(sites), least], dtype=torch.float64, device=sites.state.table.device)
+    return one.expand(g.batch * g.heads, 3)
 
 
 def mean_worth(sites: Sites, queries: Tensor, first: int) -> Tensor:

@@ -15,7 +15,6 @@ from torch.fx import GraphModule
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sphkv_compile.ops.append import visible
-from sphkv_compile.policies import POLICIES
 from sphkv_compile.runtime.convention import Binding, Rewritten
 from sphkv_compile.runtime.ownership import (
     LOCK,
@@ -29,7 +28,7 @@ from sphkv_compile.runtime.ownership import (
 )
 from sphkv_compile.runtime.pool import CHANGES, Pool, arena_bytes
 from sphkv_compile.runtime.retention import Retention
-from sphkv_compile.spec import CacheSpec, parse_bytes
+from sphkv_compile.spec import CacheSpec
 from sphkv_compile.storage.layout import UNIT
 from sphkv_compile.storage.state import Geometry
 
@@ -168,8 +167,7 @@ class Runner:
         nbytes = sum(arena_bytes(bindings[i].layout, g) for i, g in zip(missing, shapes))
         retention = None
         if spec.chooses:
-            policy = POLICIES[spec.policy]() if isinstance(spec.policy, str) else spec.policy
-            retention = Retention(policy, parse_bytes(spec.budget or 0, 0))
+            retention = Retention.of(spec)
             nbytes = UNIT  # what is needed is taken, within the budget once queries say what matters
         pool = Pool(nbytes, spec.plan_every, pairs[missing[0]][0].device, retention)
         for i, geometry in zip(missing, shapes):

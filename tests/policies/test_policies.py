@@ -7,7 +7,7 @@ import torch
 
 from sphkv_compile.policies import DROP, POLICIES, Held
 from sphkv_compile.spec import POLICIES as NAMES
-from sphkv_compile.spec import Tier
+from sphkv_compile.spec import SHARING, Tier
 
 PRICES = 120, 80
 """Bytes of a page of each tier."""
@@ -28,6 +28,7 @@ def budget(per_head: int) -> torch.Tensor:
 
 def test_spec_and_registry_agree():
     assert tuple(POLICIES) == NAMES
+    assert tuple(name for name, policy in POLICIES.items() if policy.shares) == SHARING
 
 
 @pytest.mark.parametrize("name", POLICIES)

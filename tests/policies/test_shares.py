@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from sphkv_compile.policies.shares import GRID, shares, whole
+from sphkv_compile.policies.shares import EQUAL, GRID, keepers, shares, whole
 
 
 def losses(heads, seed):
@@ -43,6 +43,34 @@ def test_who_loses_nothing_gives():
     found[0] = 0
     got = shares(found, torch.ones(2))
     assert got[0] < 0.3 and got[1] > 1.7
+
+
+def test_what_others_have_left_is_shared_alike_or_by_what_is_lost():
+    """Bug: shares of less than an equal one on average are solved for as if there were that much."""
+    weights = torch.tensor([1.0, 2.0, 0.5, 1.0])
+    for mean in (0.1, 0.5, 0.9):
+        got = shares(losses(4, 1), weights, mean)
+        assert float((got * weights).sum()) == pytest.approx(mean * float(weights.sum()), rel=1e-5)
+    found = losses(4, 1)
+    assert not torch.allclose(shares(found, weights, 0.5), 0.5 * shares(found, weights), rtol=0.01)
+
+
+def test_keepers_are_those_that_lose_most_with_an_equal_share():
+    found = torch.zeros(5, len(GRID))
+    found[:, EQUAL] = torch.tensor([1.0, 3.0, 2.0, 3.0, 3.0])
+    found[0, 0] = 100.0  # with less than that; nobody asks
+    needs, least = torch.full((5,), 500.0), torch.full((5,), 100.0)
+    assert keepers(found, needs, least, 5000, 2).nonzero().flatten().tolist() == [1, 3]  # of equal ones the first
+    assert keepers(found, needs, least, 5000, 0).sum() == 0 and keepers(found, needs, least, 5000, 5).all()
+
+
+@pytest.mark.parametrize(("room", "count"), [(400, 0), (500, 0), (1299, 1), (1300, 2), (1699, 2), (2500, 5)])
+def test_no_more_keepers_than_leave_the_others_the_least(room, count):
+    """Five heads of 500 bytes, or 100 at least."""
+    needs, least = torch.full((5,), 500.0), torch.full((5,), 100.0)
+    kept = keepers(losses(5, 2), needs, least, room, 5)
+    assert int(kept.sum()) == count
+    assert count == 0 or float(needs[kept].sum() + least[~kept].sum()) <= room
 
 
 def test_whole_units_by_hand():

@@ -1,12 +1,17 @@
 """A budget over a whole decode: bytes, tokens, statistics, and a model that nobody edited."""
 
+import itertools
+import re
+
 import pytest
 import torch
+from rich.console import Console
 from transformers import StaticCache
 
 import sphkv_compile
 from sphkv_compile.integrations.transformers import cache_keyword
 from sphkv_compile.ops.pages import with_positions
+from sphkv_compile.policies.shares import EQUAL, keepers
 from sphkv_compile.runtime.budget import least_bytes
 from sphkv_compile.runtime.ownership import owner_of
 from sphkv_compile.testing.tiny import tiny
@@ -107,6 +112,81 @@ def test_two_thousand_tokens():
     assert len(sizes) == 1
     assert len({tuple(count) for count in pages}) > 3  # tiers trade bytes
     assert held.freed_pages > 2000 and held.dropped_tokens > 2000 and held.demoted_tokens > 2000
+
+
+def held_positions(owner):
+    """The coded positions of each row and kv head, in order."""
+    positions = with_positions(owner.state, owner.layout).positions.flatten(2)
+    return [[sorted(head[head >= 0].tolist()) for head in row] for row in positions]
+
+
+@pytest.mark.parametrize("tiers", ["K8V4,K4V4,K4V2", "K4V2"])
+def test_heads_that_keep_all_never_drop_up_to_the_capacity(tiers):
+    """From one prompt to the last token that there is room for, and all heads stay within the budget at every step.
+
+    Bug: bytes that were enough for the prompt are for all; who keeps all has bytes that nobody took from the others.
+    """
+    capacity = 560
+    model = Model(capacity=capacity, budget=0.12, tiers=tiers, keep_all_heads=0.25)
+    cache, ids, kept = model.cache(), model.ids(capacity), None
+    model(cache, ids[:, :300])
+    for t in range(300, capacity):
+        model(cache, ids[:, t : t + 1])
+        held = sphkv_compile.report(cache)
+        assert held.budgeted_bytes <= held.budget
+        assert len(held.keep_all_heads) == held.wanted_keep_all == 2
+        kept = kept or held.keep_all_heads
+        assert kept == held.keep_all_heads
+        if t % 16 == 0:
+            coded = list(range(4, 4 + 16 * ((t + 1 - 20) // 16)))
+            for i, layer in enumerate(cache.layers):
+                found = held_positions(owner_of(layer.keys))
+                for row, head in itertools.product(range(2), range(2)):
+                    assert (found[row][head] == coded) == ((i, row, head) in kept), (t, i, row, head)
+
+
+def test_who_loses_most_keeps_all(monkeypatch):
+    """Heads are picked by what the policy's own choice would have lost them."""
+    from sphkv_compile.runtime import retention
+
+    seen = {}
+    monkeypatch.setattr(retention, "keepers", lambda losses, *rest: seen.update(x=losses) or keepers(losses, *rest))
+    model = Model(budget=0.12, keep_all_heads=0.25)
+    cache = model.cache()
+    model(cache, model.ids(400))
+    found = sphkv_compile.report(cache).keep_all_heads
+    most = seen["x"][:, EQUAL].topk(2).indices.tolist()
+    assert [4 * site + 2 * row + head for site, row, head in found] == sorted(most)
+
+
+def test_who_keeps_all_does_so_whatever_the_policy_says():
+    """A user's policy that drops every second token of all heads."""
+    policy = Even()
+    policy.shares = True
+    model = Model(budget=0.2, policy=policy, tiers="K8V4,K4V2", keep_all_heads=0.25)
+    cache = model.cache()
+    model(cache, model.ids(400))
+    kept = sphkv_compile.report(cache).keep_all_heads
+    assert len(kept) == 2
+    for i, layer in enumerate(cache.layers):
+        found = held_positions(owner_of(layer.keys))
+        for row, head in itertools.product(range(2), range(2)):
+            assert len(found[row][head]) == (368 if (i, row, head) in kept else 184)
+
+
+def test_no_more_heads_keep_all_than_the_budget_is_for():
+    """The others have a page at least, and the report says how many were asked for."""
+    model = Model(capacity=560, budget=0.12, keep_all_heads=1.0)
+    cache = model.cache()
+    model(cache, model.ids(500))
+    held = sphkv_compile.report(cache)
+    assert 1 < len(held.keep_all_heads) < held.wanted_keep_all == 8 and held.budgeted_bytes <= held.budget
+    sizes = [len(head) for layer in cache.layers for row in held_positions(owner_of(layer.keys)) for head in row]
+    assert min(sizes) >= 8
+    console = Console(width=120)
+    with console.capture() as shown:
+        console.print(held)
+    assert re.search(rf"keep every token, asked for +│ {len(held.keep_all_heads)}, 8", shown.get())
 
 
 @pytest.mark.slow
