@@ -38,7 +38,7 @@ from transformers.utils import logging as transformers_logging
 
 import sphkv_compile
 from sphkv_compile.integrations.models import load
-from sphkv_compile.integrations.transformers import cache_keyword
+from sphkv_compile.integrations.transformers import cache_keyword, decode_step
 from sphkv_compile.spec import CacheSpec
 from sphkv_compile.testing.compare import Run, decode, first_divergence, token_kl
 
@@ -127,7 +127,7 @@ def main(
     ] = None,
     budget: Annotated[
         str | None,
-        typer.Option(help="Bytes for the codes, 8MiB or 64B/token, in place of --bits: tokens are dropped."),
+        typer.Option(help="Bytes for the codes, 8MiB, 0.1 or 64B/token, in place of --bits: tokens are dropped."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=2)] = 64,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: cuda if there is one.")] = None,
@@ -146,7 +146,8 @@ def main(
         ids = prompt_ids(tokenizer, prompt, file).to(where)
         check_length(network, ids.shape[1] + max_new_tokens)
         with phase(progress, "explaining one decode step"):
-            explanation = sphkv_compile.explain(network, options=options)
+            step = decode_step(network, capacity=ids.shape[1] + max_new_tokens)
+            explanation = sphkv_compile.explain(network, options=options, **step)
         job = Job(network, ids, max_new_tokens, stop_tokens(network, tokenizer), progress)
 
         dense = job.side("dense", torch.compile(network.forward, mode=mode) if compile_dense else network.forward)

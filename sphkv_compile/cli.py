@@ -17,7 +17,6 @@ app.add_typer(bench, name="bench")
 console = Console()
 
 Model = Annotated[str, typer.Option(help="'smollm2', 'gemma3' (bundled), a Hugging Face folder, or a .gguf file.")]
-Bits = Annotated[str, typer.Option(help="Width of keys and values: 4, or K4V2.")]
 
 
 def _bits(text: str) -> int | str:
@@ -25,15 +24,25 @@ def _bits(text: str) -> int | str:
 
 
 @app.command()
-def explain(model: Model = "smollm2", bits: Bits = "4", dtype: str = "bfloat16") -> None:
+def explain(
+    model: Model = "smollm2",
+    bits: Annotated[str | None, typer.Option(help="Width of keys and values: 4, or K4V2. Default 4.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="In place of --bits: 64MiB, 0.125 (of the dense bytes), or 64B/token.")
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens that the cache has room for, and a budget is for.")] = 4096,
+    dtype: str = "bfloat16",
+) -> None:
     """Say what the backend does with each attention of a model, and from which length on it pays."""
     from sphkv_compile.explain import explain as explain_model
     from sphkv_compile.integrations.models import load
+    from sphkv_compile.integrations.transformers import decode_step
 
     with console.status(f"loading {model}"):
         loaded, _ = load(model, dtype=getattr(torch, dtype))
+    options = {"bits": bits and _bits(bits), "budget": budget}
     with console.status("tracing one decode step"):
-        console.print(explain_model(loaded, options={"bits": _bits(bits)}))
+        console.print(explain_model(loaded, options=options, **decode_step(loaded, capacity=length)))
 
 
 @app.command()

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,12 @@ from rich.text import Text
 from sphkv_compile.backend import backend
 from sphkv_compile.ops.decode import attend, on_device, packing
 from sphkv_compile.passes.match import Verdict
+from sphkv_compile.passes.rewrite import geometry
+from sphkv_compile.patterns import Site
+from sphkv_compile.report import human
 from sphkv_compile.runtime import log
 from sphkv_compile.runtime.pool import arena_bytes, reserve
-from sphkv_compile.spec import CacheSpec
+from sphkv_compile.spec import CacheSpec, parse_bytes
 from sphkv_compile.storage.arena import Arena
 from sphkv_compile.storage.layout import Layout
 from sphkv_compile.storage.state import LENGTH, Geometry, empty_state
@@ -37,6 +40,8 @@ class SiteRow:
         reason: why it stays dense.
         node, source: the FX node, and the user's line.
         shape: query and kv heads, head_dim, rotary embedding.
+        tiers: at which its tokens are held, widest first; several where a policy chooses.
+        kept: whether tokens may be dropped too, and ``coded_bytes`` is what the budget has for each on average.
 
     Units: bytes per token over all kv heads, dense and coded beyond the window.
     """
@@ -49,6 +54,8 @@ class SiteRow:
     shape: str = ""
     dense_bytes: float = 0.0
     coded_bytes: float = 0.0
+    tiers: str = ""
+    kept: bool = False
 
 
 @dataclass
@@ -56,8 +63,10 @@ class Explanation:
     """What would become of a model.
 
     Args:
+        spec: what is stored: where a budget was given, the tier that it buys for all tokens, or its bytes and who
+            chooses.
         break_even: cached tokens from which a decode step's attention is predicted faster than dense on this device;
-            None where it never is up to the longest length tried, or nothing matched.
+            None where it never is up to the longest length tried, nothing matched, or a policy chooses.
 
     Units: tokens.
     """
@@ -79,8 +88,11 @@ class Explanation:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield _table(self)
         graphs = f"{self.graphs} graph{'s' * (self.graphs != 1)}"
-        yield Text(f"{self.matched} of {len(self.rows)} attentions matched, in {graphs}, at {self.spec.tier}.")
-        if self.matched:
+        how = "under a budget" if self.spec.chooses else f"at {self.spec.tier}"
+        yield Text(f"{self.matched} of {len(self.rows)} attentions matched, in {graphs}, {how}.")
+        if self.spec.chooses:
+            yield from _budget(self)
+        elif self.matched:
             text = (
                 f"from {self.break_even:,} cached tokens on"
                 if self.break_even
@@ -98,7 +110,7 @@ def explain(
     """Trace ``model(*args, **kwargs)`` and say what the backend does with each attention in it.
 
     The call runs on copies, dense and uncompiled; the model's caches are as before. With no inputs, a transformers
-    model is traced at one decode step over a StaticCache.
+    model is traced at one decode step over a StaticCache with room for 4,096 tokens, which a budget is then for.
 
     Args:
         options: as for ``torch.compile(..., options=...)``.
@@ -112,10 +124,10 @@ def explain(
     seen: list[log.Compiled] = []
     with torch.no_grad(), log.listening(seen.append):
         torch.compile(_call(model), backend=backend, options=options, dynamic=False)(*args, **kwargs)
-    spec = next((g.spec for g in seen if g.rewritten), spec)  # where a budget chose the tier
-    rows = [_row(i, verdict, spec) for i, graph in enumerate(seen) for verdict in graph.verdicts]
+    spec = next((g.spec for g in seen if g.rewritten), spec)  # what a budget came to
+    rows = [row for i, graph in enumerate(seen) for row in _rows(i, graph)]
     sites = [v.site for graph in seen for v in graph.verdicts if v.site]
-    even = break_even(spec, *_attention_shape(sites[0])) if sites and measure else None
+    even = break_even(spec, *_attention_shape(sites[0])) if sites and measure and not spec.chooses else None
     device = str(sites[0].k_buf.meta["val"].device) if sites else "cpu"
     return Explanation(rows, spec, len(seen), even, device)
 
@@ -135,18 +147,30 @@ def _example_call(model: Callable) -> dict:
     return decode_step(model)
 
 
-def _row(graph: int, verdict: Verdict, spec: CacheSpec) -> SiteRow:
-    if verdict.site is None:
-        return SiteRow(graph, verdict.node, verdict.source, None, str(verdict.refusal))
-    site = verdict.site
-    k, v = site.k_buf.meta["val"], site.v_buf.meta["val"]
-    heads, k_dim, v_dim = int(k.shape[1]), k.shape[-1], v.shape[-1]
-    layout = Layout.of(spec, *site.rope)
-    coded = bytes_per_token(layout, k_dim, v_dim, (k.dtype.itemsize, v.dtype.itemsize))
-    dense = k_dim * k.dtype.itemsize + v_dim * v.dtype.itemsize
-    dims = str(k_dim) if k_dim == v_dim else f"{k_dim}/{v_dim}"
-    shape = f"{site.q.meta['val'].shape[1]}/{heads}, {dims}, {site.rope[0]}"
-    return SiteRow(graph, verdict.node, verdict.source, site.idiom, None, shape, dense * heads, coded * heads)
+def _rows(number: int, graph: log.Compiled) -> Iterator[SiteRow]:
+    """The attentions of one graph, with the layouts that the backend gave them."""
+    sites = [v.site for v in graph.verdicts if v.site]
+    layouts = [binding.layout for binding in graph.rewritten.bindings] if sites else []
+    dense = sum(geometry(site).dense_bytes for site, layout in zip(sites, layouts) if layout.kept)
+    part = parse_bytes(graph.spec.budget or 0) / dense if dense else 1.0
+    known = iter(layouts)
+    for verdict in graph.verdicts:
+        if (site := verdict.site) is None:
+            yield SiteRow(number, verdict.node, verdict.source, None, str(verdict.refusal))
+        else:
+            yield _row(number, verdict, site, next(known), part)
+
+
+def _row(graph: int, verdict: Verdict, site: Site, layout: Layout, part: float) -> SiteRow:
+    """A site; ``part`` is the budget's share of the dense bytes of what tokens may be dropped of."""
+    g = geometry(site)
+    dense = g.k_dim * g.itemsize[0] + g.v_dim * g.itemsize[1]
+    coded = dense * part if layout.kept else bytes_per_token(layout, g.k_dim, g.v_dim, g.itemsize)
+    dims = str(g.k_dim) if g.k_dim == g.v_dim else f"{g.k_dim}/{g.v_dim}"
+    shape = f"{g.heads * g.group}/{g.heads}, {dims}, {layout.rope}"
+    tiers = "/".join(map(str, layout.tiers))
+    place = graph, verdict.node, verdict.source, site.idiom, None
+    return SiteRow(*place, shape, dense * g.heads, coded * g.heads, tiers, layout.kept)
 
 
 def bytes_per_token(layout: Layout, k_dim: int, v_dim: int, itemsize: tuple[int, int]) -> float:
@@ -231,9 +255,24 @@ def _median(run: Callable[[], Any], repeats: int = 9) -> float:
     return statistics.median(seconds)
 
 
+def _budget(e: Explanation) -> Iterator[Text]:
+    """What becomes of a budget that does not hold all tokens."""
+    spec, limit = e.spec, parse_bytes(e.spec.budget or 0)
+    name = spec.policy if isinstance(spec.policy, str) else type(spec.policy).__name__
+    kept, sliding = (sum(row.kept is own for row in e.rows if row.idiom) for own in (True, False))
+    heads = f"; {100 * spec.keep_all_heads:g} % of its heads keep every token" if spec.keep_all_heads else ""
+    yield Text(
+        f"{limit:,} bytes ({human(limit)}) are for what grows of {kept}: policy {name} keeps each token at "
+        f"{', '.join(map(str, spec.menu))}, or drops it{heads}."
+    )
+    if sliding:
+        yield Text(f"{sliding} with a sliding window keep all of it at {spec.tier}, on top of the budget.")
+    yield Text("How fast that is depends on what is kept, and is not predicted.")
+
+
 def _table(e: Explanation) -> Table:
     table = Table(title="attentions", title_justify="left")
-    for name in ("graph", "sites", "idiom or reason", "heads, D, RoPE", "bytes/token", "source"):
+    for name in ("graph", "sites", "idiom or reason", "heads, D, RoPE", "tiers", "bytes/token", "source"):
         table.add_column(name, overflow="fold")
     groups: dict[tuple, list[SiteRow]] = {}
     for row in e.rows:
@@ -244,5 +283,6 @@ def _table(e: Explanation) -> Table:
         what = Text(row.idiom, style="green") if row.idiom else Text(f"dense: {row.reason}", style="yellow")
         ratio = row.coded_bytes / row.dense_bytes if row.idiom else 0
         numbers = f"{row.dense_bytes:.0f} -> {row.coded_bytes:.0f} ({ratio:.3f})" if row.idiom else ""
-        table.add_row(str(row.graph), names, what, row.shape, numbers, row.source.rpartition("/")[2])
+        tiers = row.tiers + ", drop" * row.kept
+        table.add_row(str(row.graph), names, what, row.shape, tiers, numbers, row.source.rpartition("/")[2])
     return table

@@ -217,15 +217,15 @@ def parse_bytes(value: int | float | str, dense: int = 0, tokens: int = 0) -> in
     """A budget in bytes.
 
     Args:
-        value: bytes, as a text in any unit (``"512MiB"``); a float in (0, 1]: a fraction of ``dense``; or a text with
-            ``/token`` behind its unit (``"64B/token"``): bytes for each of ``tokens``.
+        value: bytes, as a text in any unit (``"512MiB"``); a float in (0, 1], which a text with a point and no unit is
+            too: a fraction of ``dense``; or a text with ``/token`` behind its unit: bytes for each of ``tokens``.
         dense: bytes of the same cache in model dtype.
         tokens: how many it has room for, over rows, kv heads and layers.
 
     Raises:
         ValueError: not positive, or not understood.
     """
-    number = _amount_bytes(value, tokens) if isinstance(value, str) else value
+    number = _amount(value, tokens) if isinstance(value, str) else value
     if isinstance(number, float):
         if not 0 < number <= 1:
             raise ValueError(f"budget {value!r}: a float is a fraction of the dense bytes, in (0, 1]")
@@ -235,7 +235,7 @@ def parse_bytes(value: int | float | str, dense: int = 0, tokens: int = 0) -> in
     return number
 
 
-def _amount_bytes(text: str, tokens: int) -> int:
+def _amount(text: str, tokens: int) -> int | float:
     found = _AMOUNT.fullmatch(text)
     unit = _SPELLED.get(found[2].lower() or "b") if found else None
     if not found or not unit or (found[3] and not found[2]):
@@ -243,6 +243,8 @@ def _amount_bytes(text: str, tokens: int) -> int:
             f"budget {text!r}: expected bytes with a unit, such as '512MiB', or bytes per token and kv head, such as "
             f"'64B/token'; did you mean {_nearest_amount(text)!r}?"
         )
+    if "." in found[1] and not found[2]:
+        return float(found[1])
     return math.floor(float(found[1]) * _UNITS[unit] * (tokens if found[3] else 1))
 
 

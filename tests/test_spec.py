@@ -36,6 +36,7 @@ def test_ways_to_give_bits(bits, tier):
         ({"budget": 0.1, "page": 2, "span": 8}, "multiple of 4"),
         ({"budget": "512 parsecs"}, "512MiB"),
         ({"budget": 1.5}, r"in \(0, 1\]"),
+        ({"budget": "1.5"}, r"in \(0, 1\]"),
         ({"budget": 0}, "positive"),
         ({"budget": "0MiB"}, "'0MiB'.*positive"),
         ({"budget": "0B/token"}, "'0B/token'.*positive"),
@@ -64,7 +65,7 @@ def test_an_unknown_option_names_the_nearest():
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        *[("1KiB", 1024), ("2 MB", 2_000_000), ("1gib", 2**30), (77, 77), (0.25, 250), ("9", 9)],
+        *[("1KiB", 1024), ("2 MB", 2_000_000), ("1gib", 2**30), (77, 77), (0.25, 250), ("0.25", 250), ("9", 9)],
         *[("64B/token", 640), ("1.5 KiB/token", 15360), (".25b/token", 2)],
     ],
 )

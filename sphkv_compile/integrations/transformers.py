@@ -14,8 +14,8 @@ def cache_keyword(model: Any) -> str:
     return "cache" if "cache" in names else "past_key_values"
 
 
-def decode_step(model: Any, filled: int = 4, capacity: int = 64) -> dict[str, Any]:
-    """Inputs of one decode step over a StaticCache that holds ``filled`` tokens.
+def decode_step(model: Any, filled: int = 4, capacity: int = 4096) -> dict[str, Any]:
+    """Inputs of one decode step over a StaticCache that holds ``filled`` tokens and has room for ``capacity``.
 
     Units: tokens.
     """

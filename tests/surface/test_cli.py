@@ -44,6 +44,19 @@ def test_explain_loads_a_folder(tmp_path):
     assert "tokenizer" in str(result.exception or result.output).lower() or result.exit_code == 0
 
 
+def test_explain_takes_a_budget(monkeypatch):
+    from sphkv_compile.integrations import models
+
+    monkeypatch.setattr(models, "load", lambda name, dtype: (tiny("llama", head_dim=64, dtype=dtype), None))
+    wide = {"COLUMNS": "200"}
+    result = run(app, ["explain", "--budget", "0.1", "--length", "2048"], env=wide)
+    assert result.exit_code == 0, result.exception
+    assert f"{int(0.1 * 2048 * 2 * 2 * 256):,} bytes" in result.output and "policy rdr" in result.output
+    assert "at K4V2" in run(app, ["explain", "--bits", "K4V2"], env=wide).output
+    both = run(app, ["explain", "--bits", "4", "--budget", "0.1"])
+    assert "give one" in str(both.exception)
+
+
 def test_the_entry_point_is_the_only_registration():
     """Registering in code as well would trip Dynamo's duplicate-name assertion."""
     assert "sphkv" in torch._dynamo.list_backends()

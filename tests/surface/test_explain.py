@@ -7,8 +7,8 @@ from transformers import StaticCache
 
 import sphkv_compile
 from sphkv_compile.explain import LENGTHS, bytes_per_token
-from sphkv_compile.integrations.transformers import cache_keyword
-from sphkv_compile.spec import CacheSpec
+from sphkv_compile.integrations.transformers import cache_keyword, decode_step
+from sphkv_compile.spec import CacheSpec, Tier
 from sphkv_compile.storage.layout import Layout
 from sphkv_compile.testing.gpt_fast import SliceCopy
 from sphkv_compile.testing.tiny import tiny
@@ -58,14 +58,50 @@ def test_break_even_is_a_length_or_none():
     assert e.break_even is None or 0 < e.break_even <= LENGTHS[-1]
 
 
-def test_a_budget_is_explained_at_the_tier_that_it_buys():
-    e = sphkv_compile.explain(tiny("llama", head_dim=64), options={"budget": 1.0}, measure=False)
-    assert e.matched == 2
+def shown(explanation):
+    console = Console(width=200)
+    with console.capture() as text:
+        console.print(explanation)
+    return text.get()
+
+
+def test_a_budget_for_all_tokens_is_explained_at_the_tier_that_it_buys():
+    e = sphkv_compile.explain(tiny("llama", head_dim=64), options={"budget": 0.25}, measure=False)
+    assert e.spec.tier == Tier(8, 4) and {row.tiers for row in e.rows} == {"K8V4"}
+    assert "in 1 graph, at K8V4." in shown(e)
+
+
+def test_a_budget_is_explained_as_the_backend_resolves_it():
+    """Bug: K4V4 for all tokens, which is what nobody asked for."""
+    options = {"budget": "40B/token", "tiers": "K4V4,K4V2", "keep_all_heads": 0.25}
+    model = tiny("llama", head_dim=64)
+    e = sphkv_compile.explain(model, options=options)
+    limit = 40 * 4096 * 2 * 2
+    assert e.spec.budget == limit and e.break_even is None
+    assert {(row.tiers, row.kept, row.dense_bytes, row.coded_bytes) for row in e.rows} == {
+        ("K4V4/K4V2", True, 2 * 512, 2 * 40)
+    }
+    text = shown(e)
+    assert "in 1 graph, under a budget." in text and "K4V4/K4V2, drop" in text and "(0.078)" in text
+    assert f"{limit:,} bytes (640.00 KiB) are for what grows of 2: policy rdr keeps each token at K4V4, K4V2" in text
+    assert "25 % of its heads keep every token" in text and "sliding" not in text and "predicted faster" not in text
+
+    decode = torch.compile(model.forward, backend=sphkv_compile.backend, options={**options, "inductor": False})
+    torch._dynamo.reset()
+    step = decode_step(model)
+    with torch.no_grad():
+        decode(**step)
+    assert sphkv_compile.report(step[cache_keyword(model)]).budget == limit
+
+
+def test_sliding_windows_beside_a_budget_are_explained_as_uniform():
+    e = sphkv_compile.explain(tiny("gemma3", head_dim=64), options={"budget": 0.1, "policy": "snapkv"})
+    assert sorted((row.tiers, row.kept) for row in e.rows) == [("K4V4", False), ("K8V4/K4V4/K4V2", True)]
+    text = shown(e)
+    assert "for what grows of 1: policy snapkv" in text
+    assert "1 with a sliding window keep all of it at K4V4" in text
 
 
 def test_it_prints():
-    console = Console(width=160)
-    with console.capture() as shown:
-        console.print(sphkv_compile.explain(tiny("llama"), measure=False))
-    text = shown.get()
-    assert "static_index" in text and "2 of 2 attentions matched, in 1 graph, at" in text
+    text = shown(sphkv_compile.explain(tiny("llama"), measure=False))
+    assert "static_index" in text and "2 of 2 attentions matched, in 1 graph, at K4V4." in text
