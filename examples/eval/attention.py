@@ -1,7 +1,7 @@
 """Attention over a cache that is part exact and part coded, for many queries at once.
 
 A token's span is coded as soon as it is older than the newest ``window`` tokens of the cache, so which keys a query
-sees coded depends on the query. Registered as a transformers attention function: the model's own code runs unchanged.
+sees coded depends on the query.
 
 Symbols: S queries, the newest of C cached tokens; the first is at position C - S; G = HQ // HKV.
 """
@@ -9,23 +9,15 @@ Symbols: S queries, the newest of C cached tokens; the first is at position C - 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from examples.eval.methods import LayerMoments, Method
+from sphkv_compile.eval.attention import visible
+from sphkv_compile.eval.methods import LayerMoments, Method
+from sphkv_compile.eval.retention import coded_end
 from sphkv_compile.spec import CacheSpec
-
-NAME = "sphkv_eval"
-
-
-class Run(Protocol):
-    """Whoever stands in for the model's attention, layer by layer."""
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, sliding: int | None) -> Tensor:
-        """Shapes: ``q`` [B, HQ, S, D], ``k``, ``v`` [B, HKV, S, D] of the new tokens -> [B, HQ, S, D]."""
 
 
 @dataclass
@@ -78,17 +70,6 @@ class CodedRun:
         return attend_mixed(q[0], keys, values, k_hat, v_hat, scaling, sliding, spec)[None]
 
 
-def coded_end(length: int, spec: CacheSpec) -> int:
-    """End of the coded tokens, which start at ``spec.sink``, in a cache of ``length`` tokens."""
-    return spec.sink + max(0, (length - spec.window - spec.sink) // spec.span) * spec.span
-
-
-def visible(queries: int, length: int, sliding: int | None, device: torch.device) -> Tensor:
-    """What a causal, possibly sliding, mask shows. Shapes: -> bool[S, C]."""
-    age = torch.arange(length - queries, length, device=device)[:, None] - torch.arange(length, device=device)
-    return (age >= 0) & (age < (sliding or length))
-
-
 def attend_mixed(
     q: Tensor,
     k: Tensor,
@@ -124,37 +105,3 @@ def attend_mixed(
     v_any = overlay(v, v_hat)
     correction = (p[..., turning] * ~is_coded).flatten(1, 2) @ (v - v_any)[:, turning]
     return (p.flatten(1, 2) @ v_any + correction).unflatten(1, split).flatten(0, 1)
-
-
-def attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    sphkv_run: Run,
-    scaling: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The transformers attention interface; the run comes in as a keyword of the model's forward.
-
-    Raises:
-        NotImplementedError: soft-capped logits or attention sinks.
-    """
-    if softcap or kwargs.get("s_aux") is not None:
-        raise NotImplementedError("the evaluation runs without soft cap and learned attention sinks")
-    out = sphkv_run.attend(module.layer_idx, query, key, value, scaling, sliding_window)
-    return out.transpose(1, 2), None
-
-
-def install(model: Any) -> None:
-    """Make ``model`` use :func:`attention`; from then on each forward needs ``sphkv_run=``."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)  # positions are dense: no mask is needed
-    model.set_attn_implementation(NAME)

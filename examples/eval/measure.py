@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from examples.eval.attention import CodedRun, Prefill, install
-from examples.eval.methods import Method, Passthrough
+from examples.eval.attention import CodedRun, Prefill
+from sphkv_compile.eval.attention import install
+from sphkv_compile.eval.divergence import expected_log_probs
+from sphkv_compile.eval.methods import Method, Passthrough
 from sphkv_compile.spec import CacheSpec
 
 PREFILL, STEPS = 2048, 448
 """Tokens of dense prefill, and teacher-forced tokens after it."""
-
-_ROWS = 64  # positions whose distributions are widened to float64 at a time: 64 x 262144 x 8 bytes = 128 MiB
 
 
 @dataclass(frozen=True)
@@ -62,19 +62,3 @@ class Document:
     def _logits(self, method: Method) -> Tensor:
         run = CodedRun(self.prefill, method)
         return self.model(self.steps, position_ids=self.positions, use_cache=False, sphkv_run=run).logits[0]
-
-
-def expected_log_probs(p: Tensor, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """E_p log q and log q of the targets, where q = softmax(logits); summed in float64.
-
-    KL(p || q) = E_p log p - E_p log q, both from this function: equal logits then cancel to exactly 0.
-
-    Shapes: ``p``, ``logits`` float32[N, vocabulary], ``targets`` int64[N] -> float64[N] twice.
-    """
-    expected, observed = [], []
-    for chunk, p_chunk, target in zip(logits.split(_ROWS), p.split(_ROWS), targets.split(_ROWS)):
-        wide = chunk.double()
-        log_sum = wide.logsumexp(-1)
-        expected.append((p_chunk * wide).sum(-1) - log_sum * p_chunk.double().sum(-1))
-        observed.append(wide.gather(-1, target[:, None])[:, 0] - log_sum)
-    return torch.cat(expected), torch.cat(observed)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from examples.eval.methods import LayerMoments, Method
 from sphkv_compile.codecs import get_codec
 from sphkv_compile.codecs.keys import decode_keys, encode_keys, radius_bytes
 from sphkv_compile.codecs.rotation import rotation
 from sphkv_compile.codecs.scales import pair_scale
 from sphkv_compile.codecs.values import decode_values, encode_values
+from sphkv_compile.eval.methods import LayerMoments, Method
 from sphkv_compile.spec import CacheSpec
 
 

@@ -24,12 +24,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from examples.eval import summary, texts
-from examples.eval.kivi import Kivi
+from examples.eval import summary
 from examples.eval.measure import PREFILL, STEPS, Document
-from examples.eval.methods import Method
 from examples.eval.ours import Ours
-from examples.eval.turboquant import TurboQuant
+from sphkv_compile.eval import texts
+from sphkv_compile.eval.kivi import Kivi
+from sphkv_compile.eval.methods import Method
+from sphkv_compile.eval.turboquant import TurboQuant
 from sphkv_compile.integrations.models import available, load
 from sphkv_compile.spec import CacheSpec
 

@@ -12,6 +12,8 @@ from sphkv_compile.patterns import IDIOMS, REFUSALS
 
 from sphkv_compile.bench.record import attention_rows, even, short
 from sphkv_compile.bench.writes import remark
+from sphkv_compile.eval.budget import means, record_of
+from sphkv_compile.eval.contenders import METHODS, WHOLE
 from sphkv_compile.spec import CacheSpec
 from sphkv_compile.storage.layout import Layout
 
@@ -65,10 +67,7 @@ def quality_table() -> str:
 
 def budget_table(task: str = "kl", name: str = "budget.json") -> str:
     """KL under a budget of bytes, geometric mean over documents, from the record of that name. Units: nats."""
-    from examples.eval.budget import RECORD, means, record_of
-    from examples.eval.contenders import METHODS, WHOLE
-
-    rows = json.loads(record_of(RECORD.with_name(name), task).read_text())
+    rows = json.loads(record_of(RECORDS / "eval" / name, task).read_text())
     budgets = sorted({row["budget"] for row in rows if row["budget"] != WHOLE}, reverse=True)
     lines = [f"| model | method | {' | '.join(f'{100 * b:g} %' for b in budgets)} |", "|---" * (2 + len(budgets)) + "|"]
     whole = []
@@ -89,9 +88,7 @@ def budget_table(task: str = "kl", name: str = "budget.json") -> str:
 
 def needle_table() -> str:
     """Facts found again: the share of cases that are right, with its 95 % interval."""
-    from examples.eval.budget import RECORD, record_of
-
-    rows = json.loads(record_of(RECORD, "needles").read_text())
+    rows = json.loads(record_of(RECORDS / "eval/budget.json", "needles").read_text())
     budgets = sorted({row["budget"] for row in rows if row["budget"] != 1}, reverse=True)
     lines = [f"| model | method | {' | '.join(f'{100 * b:g} %' for b in budgets)} |", "|---" * (2 + len(budgets)) + "|"]
     for model, method in dict.fromkeys((row["model"], row["method"]) for row in rows):

@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("transformers")
 
-from examples.eval.baselines import ExpectedAttention, HeavyHitter, Recency, Seen, SnapKV, turned
-from examples.eval.retention import Prompt
+from sphkv_compile.eval.baselines import ExpectedAttention, HeavyHitter, Recency, Seen, SnapKV, turned
+from sphkv_compile.eval.retention import Prompt
 from sphkv_compile.testing.tiny import tiny
 
 H, G, C, D = 2, 3, 48, 16

@@ -12,9 +12,9 @@ import torch
 pytest.importorskip("transformers")
 
 from examples.eval.measure import Document
-from examples.eval.methods import Method
 from examples.eval.ours import Ours
-from examples.eval.turboquant import TurboQuant
+from sphkv_compile.eval.methods import Method
+from sphkv_compile.eval.turboquant import TurboQuant
 from sphkv_compile.spec import CacheSpec
 from sphkv_compile.testing.tiny import tiny
 

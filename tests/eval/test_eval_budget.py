@@ -12,12 +12,12 @@ pytest.importorskip("transformers")
 from transformers import StaticCache
 
 import sphkv_compile
-from examples.eval import budget, coherence, contenders, divergence
-from examples.eval.baselines import POSITION, Evicted, Recency, Recoded
-from examples.eval.contenders import METHODS, WHOLE, Cell, cells
-from examples.eval.kivi import Kivi
-from examples.eval.quanto import Quanto
-from examples.eval.retention import WINDOW, Cache, Coded, Prompt, coded_end, continue_greedily, geometry, read
+from sphkv_compile.eval import budget, coherence, contenders, divergence
+from sphkv_compile.eval.baselines import POSITION, Evicted, Recency, Recoded
+from sphkv_compile.eval.contenders import METHODS, WHOLE, Cell, cells
+from sphkv_compile.eval.kivi import Kivi
+from sphkv_compile.eval.quanto import Quanto
+from sphkv_compile.eval.retention import WINDOW, Cache, Coded, Prompt, coded_end, continue_greedily, geometry, read
 from sphkv_compile.integrations.transformers import cache_keyword
 from sphkv_compile.policies import KeepAll
 from sphkv_compile.runtime.budget import full_bytes

@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("transformers")
 
-from examples.eval import coherence, needles
-from examples.eval.contenders import Cell
-from examples.eval.retention import SPEC, coded_end
+from sphkv_compile.eval import coherence, needles
+from sphkv_compile.eval.contenders import Cell
+from sphkv_compile.eval.retention import SPEC, coded_end
 
 LENGTH = 1500
 

@@ -7,14 +7,16 @@ import torch
 
 pytest.importorskip("transformers")
 
-from examples.eval import summary, texts
-from examples.eval.attention import attend_mixed, coded_end
-from examples.eval.kivi import Kivi
+from examples.eval import summary
+from examples.eval.attention import attend_mixed
 from examples.eval.measure import Document
-from examples.eval.methods import LayerMoments, Method, Passthrough
 from examples.eval.ours import Ours
 from sphkv_compile.codecs.rotation import rotation
 from sphkv_compile.codecs.values import decode_values, encode_values
+from sphkv_compile.eval import texts
+from sphkv_compile.eval.kivi import Kivi
+from sphkv_compile.eval.methods import LayerMoments, Method, Passthrough
+from sphkv_compile.eval.retention import coded_end
 from sphkv_compile.spec import CacheSpec
 from sphkv_compile.testing.tiny import tiny
 
@@ -125,7 +127,7 @@ def test_coded_tokens_move_the_distribution_and_bits_order_it():
 
 
 def test_learned_attention_sinks_are_refused():
-    from examples.eval.attention import attention
+    from sphkv_compile.eval.attention import attention
 
     with pytest.raises(NotImplementedError, match="soft cap"):
         attention(None, *[torch.zeros(1, 1, 1, 8)] * 3, None, sphkv_run=None, scaling=1.0, softcap=30.0)

@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from examples.eval.kivi import Kivi, integers
-from examples.eval.methods import LayerMoments
 from examples.eval.ours import Ours
 from examples.eval.run import methods
-from examples.eval.turboquant import TurboQuant, norm_and_direction, random_rotation, sphere_levels
+from sphkv_compile.eval.kivi import Kivi, integers
+from sphkv_compile.eval.methods import LayerMoments
+from sphkv_compile.eval.turboquant import TurboQuant, norm_and_direction, random_rotation, sphere_levels
 
 SEEN = LayerMoments(torch.ones(2, 16), torch.ones(2, 16))
 

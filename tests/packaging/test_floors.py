@@ -15,7 +15,7 @@ FLOORS = (
     ("passes",),
     ("backend", "testing", "integrations"),
     ("explain", "report"),
-    ("doctor", "bench", "__init__"),
+    ("doctor", "bench", "eval", "__init__"),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from examples.eval.methods import LayerMoments, Method
+from sphkv_compile.eval.methods import LayerMoments, Method
 
 
 class TurboQuant(Method):

@@ -5,16 +5,16 @@ Where ``optimum-quanto`` is not installed it is not there to measure (``pip inst
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from torch import Tensor
 
-from examples.eval.methods import LayerMoments, Method
+from sphkv_compile.eval.methods import LayerMoments, Method
 
 
 def available() -> bool:
     """Whether quanto is installed."""
-    from transformers.utils import is_optimum_quanto_available
-
-    return is_optimum_quanto_available()
+    return find_spec("optimum") is not None and find_spec("optimum.quanto") is not None
 
 
 class Quanto(Method):

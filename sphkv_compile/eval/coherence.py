@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from examples.eval import contenders
-from examples.eval.contenders import Cell
-from examples.eval.retention import Cache, Prompt, continue_greedily, read
+from sphkv_compile.eval import contenders
+from sphkv_compile.eval.contenders import Cell
+from sphkv_compile.eval.retention import Cache, Prompt, continue_greedily, read
 
 TOKENS, GRAM = 128, 4
 """Tokens that are written, and of the runs that are looked for."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from examples.eval.methods import LayerMoments, Method
+from sphkv_compile.eval.methods import LayerMoments, Method
 
 
 class Kivi(Method):

@@ -1,18 +1,18 @@
 """What a budget of bytes costs a model: divergence, streaming, facts found again, coherence; and what others reach.
 
-    python -m examples.eval.budget                          # divergence: the bundled models, reported documents
-    python -m examples.eval.budget --models smollm2 --documents novel play --budgets .125 .0625
-    python -m examples.eval.budget --models /path/to/model --prompt 16384 --documents shelf --device cuda
-    python -m examples.eval.budget --needles --streaming --coherence --out /tmp/found.json
+    python -m sphkv_compile.eval.budget                          # divergence: the bundled models, reported documents
+    python -m sphkv_compile.eval.budget --models smollm2 --documents novel play --budgets .125 .0625
+    python -m sphkv_compile.eval.budget --models /path/to/model --prompt 16384 --documents shelf --device cuda
+    python -m sphkv_compile.eval.budget --needles --streaming --coherence --out /tmp/found.json
 
 Divergence: a prompt (2,048 tokens) goes into the cache in one call and is brought within the budget; then 256 tokens
 are read, teacher-forced, in a second call. Streaming: three eighths of so many tokens are the prompt, the others come
-128 at a time, and the budget stays. Needles: :mod:`examples.eval.needles`; coherence: :mod:`examples.eval.coherence`.
+128 at a time, and the budget stays. Needles: :mod:`.needles`; coherence: :mod:`.coherence`.
 
 Sinks (4) and window (64) are exact, the same for every method, and come on top, as does the newest span until it is
 planned. A budget is a share of the bytes in bfloat16 of what grows; everything else that is stored counts: codes,
 radii, scales, anchors, positions, statistics, page tables, and what is left empty in pages. Layers with a sliding
-window stay dense, and are not counted. No compiler is needed: :mod:`examples.eval.retention`.
+window stay dense, and are not counted. No compiler is needed: :mod:`.retention`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -31,16 +30,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-if __package__ in (None, ""):  # run as a file
-    sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from examples.eval import coherence, divergence, needles, quanto, texts
-from examples.eval.contenders import METHODS, WHOLE, Cell, cells
+from sphkv_compile.eval import coherence, divergence, needles, quanto, texts
+from sphkv_compile.eval.contenders import METHODS, WHOLE, Cell, cells
 from sphkv_compile.integrations.models import available, load
 
 PROMPT = 2048
 BUDGETS = (0.25, 0.125, 0.0625)
-RECORD = Path(__file__).with_suffix(".json")
+RECORD = Path("sphkv_eval.json")
 TASKS = {"kl": "kl", "streaming": "kl", "needles": "needle", "coherence": "repeated"}
 """What can be measured, and the key of a row that says it best."""
 

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from examples.eval.methods import LayerMoments, Method
-from examples.eval.retention import SPEC, Cache, Prompt, coded_end
+from sphkv_compile.eval.methods import LayerMoments, Method
+from sphkv_compile.eval.retention import SPEC, Cache, Prompt, coded_end
 
 Angles = Callable[[range], tuple[Tensor, Tensor]]
 POSITION = 4
@@ -86,7 +86,7 @@ class HeavyHitter(Score):
         self.sums: Tensor | None = None
 
     def worth(self, seen: Seen) -> Tensor:
-        new = sum(p.sum((2, 3)) for p in seen.attention(seen.q.shape[3]))
+        new = sum((p.sum((2, 3)) for p in seen.attention(seen.q.shape[3])), torch.zeros(()))
         self.sums = new if self.sums is None else new + F.pad(self.sums, (0, seen.q.shape[3]))
         return self.sums / torch.arange(seen.length, 0, -1, device=new.device)
 

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from examples.eval.attention import install, visible
+from sphkv_compile.eval.attention import install, visible
 from sphkv_compile.ops import schema
 from sphkv_compile.ops.decode import packing
 from sphkv_compile.runtime.budget import may_drop, resolve
@@ -147,10 +147,10 @@ class Cache:
         return 0
 
 
-def coded_end(length: int) -> int:
+def coded_end(length: int, spec: CacheSpec = SPEC) -> int:
     """End of the tokens that have left the window in whole spans, of a cache of ``length`` tokens; they begin at the
     sinks. Units: tokens."""
-    return SPEC.sink + max(0, (length - SPEC.window - SPEC.sink) // SPEC.span) * SPEC.span
+    return spec.sink + max(0, (length - spec.window - spec.sink) // spec.span) * spec.span
 
 
 class Coded(Cache):

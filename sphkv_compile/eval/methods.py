@@ -1,6 +1,6 @@
 """A method codes whole spans of keys and values; the evaluation sees only what comes back, and what it cost.
 
-Each compared method is one small file: :mod:`ours`, :mod:`kivi`, :mod:`turboquant`. None sees which tokens are kept
+Each compared method is one small file (:mod:`kivi`, :mod:`turboquant`, :mod:`quanto`). None sees which tokens are kept
 exact: sinks and window are the same for all.
 """
 

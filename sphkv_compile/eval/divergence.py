@@ -6,17 +6,19 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from examples.eval import contenders
-from examples.eval.contenders import Cell, sizes
-from examples.eval.measure import expected_log_probs
-from examples.eval.retention import Cache, Prompt, read
+from sphkv_compile.eval import contenders
+from sphkv_compile.eval.contenders import Cell, sizes
+from sphkv_compile.eval.retention import Cache, Prompt, read
 
 STEPS, CHUNK = 256, 128
 """Tokens that are read after a whole prompt, in one call; and of one call while a document streams by."""
 STREAMED = 5 / 8
 """Share of a streamed document that comes after its first call."""
+
+_ROWS = 64  # positions whose distributions are widened to float64 at a time: 64 x 262144 x 8 bytes = 128 MiB
 
 
 class Document:
@@ -60,3 +62,19 @@ def rows(model: Any, ids: Tensor, todo: list[Cell], streaming: bool) -> Iterator
     first = round(length * (1 - STREAMED)) if streaming else length
     document = Document(model, ids, first, CHUNK if streaming else None)
     yield from contenders.rows(todo, document.prompt, length, document.following.shape[1], document.score)
+
+
+def expected_log_probs(p: Tensor, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """E_p log q and log q of the targets, where q = softmax(logits); summed in float64.
+
+    KL(p || q) = E_p log p - E_p log q, both from this function: equal logits then cancel to exactly 0.
+
+    Shapes: ``p``, ``logits`` float32[N, vocabulary], ``targets`` int64[N] -> float64[N] twice.
+    """
+    expected, observed = [], []
+    for chunk, p_chunk, target in zip(logits.split(_ROWS), p.split(_ROWS), targets.split(_ROWS)):
+        wide = chunk.double()
+        log_sum = wide.logsumexp(-1)
+        expected.append((p_chunk * wide).sum(-1) - log_sum * p_chunk.double().sum(-1))
+        observed.append(wide.gather(-1, target[:, None])[:, 0] - log_sum)
+    return torch.cat(expected), torch.cat(observed)

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from examples.eval import quanto
-from examples.eval.baselines import Evicted, ExpectedAttention, HeavyHitter, Recency, Recoded, Score, SnapKV
-from examples.eval.kivi import Kivi
-from examples.eval.methods import Method
-from examples.eval.retention import Cache, Coded, Prompt
-from examples.eval.turboquant import TurboQuant
+from sphkv_compile.eval import quanto
+from sphkv_compile.eval.baselines import Evicted, ExpectedAttention, HeavyHitter, Recency, Recoded, Score, SnapKV
+from sphkv_compile.eval.kivi import Kivi
+from sphkv_compile.eval.methods import Method
+from sphkv_compile.eval.retention import Cache, Coded, Prompt
+from sphkv_compile.eval.turboquant import TurboQuant
 from sphkv_compile.policies import POLICIES, Rdr
 
 Fill = Callable[[Prompt, int, int], Cache]

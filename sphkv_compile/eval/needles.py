@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from examples.eval import contenders, texts
-from examples.eval.contenders import Cell
-from examples.eval.retention import SPEC, Cache, Prompt, coded_end, continue_greedily
+from sphkv_compile.eval import contenders, texts
+from sphkv_compile.eval.contenders import Cell
+from sphkv_compile.eval.retention import SPEC, Cache, Prompt, coded_end, continue_greedily
 
 CASES = 48
 NAMES = (
