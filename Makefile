@@ -38,7 +38,7 @@ eval: $(VENV)/installed
 	$(BIN)/python examples/eval/run.py $(ARGS)
 
 eval-budget: $(VENV)/installed
-	$(BIN)/python -m sphkv_compile.eval.budget --out examples/eval/budget.json $(ARGS)
+	$(BIN)/sphkv eval --out examples/eval/budget.json $(ARGS)
 
 bench: $(VENV)/installed
 	$(BIN)/python examples/bench/decode.py --bits 4,K4V2 $(ARGS)

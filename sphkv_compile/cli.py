@@ -1,4 +1,4 @@
-"""The ``sphkv`` command: explain, inspect, doctor, bench."""
+"""The ``sphkv`` command: explain, inspect, doctor, bench, eval."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from sphkv_compile.bench.app import app as bench
+from sphkv_compile.eval.app import evaluate
 from sphkv_compile.spec import CacheSpec
 
 app = typer.Typer(help="KV caches as spherical codes, for unmodified PyTorch models.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+app.command("eval")(evaluate)
 console = Console()
 
 Model = Annotated[str, typer.Option(help="'smollm2', 'gemma3' (bundled), a Hugging Face folder, or a .gguf file.")]

@@ -23,7 +23,6 @@ from sphkv_compile.eval import contenders, texts
 from sphkv_compile.eval.contenders import Cell
 from sphkv_compile.eval.retention import SPEC, Cache, Prompt, coded_end, continue_greedily
 
-CASES = 48
 NAMES = (
     *("lantern", "garden", "bridge", "window", "river", "castle", "hammer", "piano"),
     *("rabbit", "engine", "pepper", "violin", "anchor", "candle", "mirror", "tiger"),

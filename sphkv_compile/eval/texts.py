@@ -14,7 +14,8 @@ and torch.
               layers            docstrings of ``torch.nn``
 
 A choice is made on tuning documents and claimed on reported and long ones; no text of the former is in the latter. The
-manuals differ a little from one release to the next, so figures are compared inside one run only.
+manuals differ a little from one release to the next, so figures are compared inside one run only. Any other text is
+given by the path of its file.
 """
 
 from __future__ import annotations
@@ -42,16 +43,35 @@ _LIBRARY = (
 )
 
 
+class TooShort(ValueError):
+    """A document has fewer tokens than are wanted of it."""
+
+
 def text(name: str) -> str:
     """The document's whole text.
 
+    Args:
+        name: one of those above, or the path of a file in UTF-8.
+
     Raises:
-        ValueError: no such document; the message names the nearest.
+        ValueError: no such document, and the message names the nearest; or a file that is not UTF-8.
+        ModuleNotFoundError: this Python comes without the manual that the document is from.
     """
-    if name not in _SOURCES:
+    if name in _SOURCES:
+        return _SOURCES[name]()
+    if not Path(name).is_file():
         near = difflib.get_close_matches(name, _SOURCES, n=1, cutoff=0.0)[0]
-        raise ValueError(f"document {name!r}: expected one of {', '.join(_SOURCES)}; did you mean {near!r}?")
-    return _SOURCES[name]()
+        known = ", ".join(_SOURCES)
+        raise ValueError(f"document {name!r}: expected one of {known}, or a file; did you mean {near!r}?")
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as fault:
+        raise ValueError(f"document {name!r} is not UTF-8 text: {fault}") from None
+
+
+def label(name: str) -> str:
+    """What a document is called in the record: its name, or that of its file."""
+    return name if name in _SOURCES else Path(name).name
 
 
 def tokens(tokenizer: Any, name: str, length: int) -> Tensor:
@@ -60,16 +80,27 @@ def tokens(tokenizer: Any, name: str, length: int) -> Tensor:
     Shapes: -> int64[1, length].
 
     Raises:
-        ValueError: the document is shorter.
+        TooShort: the document.
     """
     ids = tokenizer(text(name)).input_ids
     if len(ids) < length:
-        raise ValueError(f"document {name!r} has {len(ids)} tokens; {length} are needed")
+        raise TooShort(f"document {name!r} has {len(ids)} tokens; {length} are needed, for the prompt and what follows")
     return torch.tensor([ids[:length]])
 
 
+def _topics() -> dict[str, str]:
+    """Raises: ModuleNotFoundError: some distributions leave this part of the standard library out."""
+    try:
+        return importlib.import_module("pydoc_data.topics").topics
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            f"this Python has no pydoc_data.topics, from which {', '.join(_TOPICS)}, shelf and language are; "
+            "expected a Python with its whole standard library, or other documents: constitution, novel, play"
+        ) from None
+
+
 def _topic(name: str) -> Callable[[], str]:
-    return lambda: importlib.import_module("pydoc_data.topics").topics[name]
+    return lambda: _topics()[name]
 
 
 def _shipped(name: str) -> Callable[[], str]:
@@ -97,7 +128,7 @@ def _members(*modules: str) -> Callable[[], str]:
 
 def _other_topics() -> str:
     """Paragraphs, each once, that are on none of the pages above: a statement's own page repeats its chapter."""
-    topics = importlib.import_module("pydoc_data.topics").topics
+    topics = _topics()
     found: dict[str, str] = {}
     for name in sorted(topics):
         if name not in _TOPICS.values():

@@ -58,13 +58,21 @@ def load(source: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> 
         FileNotFoundError: neither; the message names the nearest bundled model.
         ModuleNotFoundError: a bundled model whose package is not installed, with the pip command.
     """
+    path = find(source)
+    return _load_folder(path, dtype) if path.is_dir() else _load_gguf(path, dtype)
+
+
+def find(source: str | os.PathLike[str]) -> Path:
+    """The GGUF file or the folder of what :func:`load` takes, without reading its weights.
+
+    Raises:
+        as :func:`load`.
+    """
     if str(source) in BUNDLED:
-        return load_bundled(str(source), dtype)
+        return bundled_gguf(str(source))
     path = Path(source).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
-        return _load_gguf(path, dtype)
-    if (path / "config.json").is_file():
-        return _load_folder(path, dtype)
+    if (path.is_file() and path.suffix == ".gguf") or (path / "config.json").is_file():
+        return path
     near = difflib.get_close_matches(str(source), BUNDLED, n=1, cutoff=0.0)[0]
     raise FileNotFoundError(
         f"model {str(source)!r}: expected one of {', '.join(BUNDLED)}, a .gguf file, or a folder with config.json "

@@ -12,8 +12,9 @@ from sphkv_compile.patterns import IDIOMS, REFUSALS
 
 from sphkv_compile.bench.record import attention_rows, even, short
 from sphkv_compile.bench.writes import remark
-from sphkv_compile.eval.budget import means, record_of
 from sphkv_compile.eval.contenders import METHODS, WHOLE
+from sphkv_compile.eval.record import record_of
+from sphkv_compile.eval.tables import means
 from sphkv_compile.spec import CacheSpec
 from sphkv_compile.storage.layout import Layout
 

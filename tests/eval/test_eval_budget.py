@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
@@ -12,7 +10,7 @@ pytest.importorskip("transformers")
 from transformers import StaticCache
 
 import sphkv_compile
-from sphkv_compile.eval import budget, coherence, contenders, divergence
+from sphkv_compile.eval import contenders, divergence, tables
 from sphkv_compile.eval.baselines import POSITION, Evicted, Recency, Recoded
 from sphkv_compile.eval.contenders import METHODS, WHOLE, Cell, cells
 from sphkv_compile.eval.kivi import Kivi
@@ -179,23 +177,5 @@ def test_rows_of_a_batch_are_read_alike():
 def test_means_are_geometric():
     rows = [{"model": "m", "method": "rdr", "budget": b, "kl": x} for b, x in ((0.1, 1.0), (0.1, 4.0), (0.2, 3.0))]
     refused = {"model": "m", "method": "rdr", "budget": 0.01, "refused": "too small"}
-    assert budget.means([*rows, refused], "m") == {"rdr": {0.2: pytest.approx(3.0), 0.1: pytest.approx(2.0)}}
-    assert budget.means([dict(row, needle=row["kl"]) for row in rows], "m", "needle")["rdr"][0.1] == 2.5
-
-
-def test_the_command_measures_and_records_everything(tmp_path, monkeypatch, capsys, letters):
-    monkeypatch.setattr(budget, "load", lambda name, dtype: (tiny("llama", head_dim=64, dtype=dtype), letters))
-    monkeypatch.setattr(coherence, "TOKENS", 12)
-    out = tmp_path / "found.json"
-    common = ["--models", "m", "--documents", "novel", "play", "--prompt", "600", "--budgets", ".25", "--out", str(out)]
-    tasks = ["--kl", "--streaming", "--needles", "--coherence", "--cases", "2"]
-    methods = ["rdr", "K4V2, all tokens"]
-    budget.main([*common, *tasks, "--methods", *methods])
-    names = {"kl": 2, "streaming": 2, "needles": 4, "coherence": 1}
-    for task, key in budget.TASKS.items():
-        rows = json.loads(budget.record_of(out, task).read_text())
-        assert len(rows) == 2 * names[task] and all(row[key] is not None for row in rows)
-    assert "all (bytes per token)" in capsys.readouterr().out
-    assert out.with_suffix(".png").stat().st_size > 1000
-    budget.main([*common, "--methods", "rdr", "StreamingLLM bf16", "--append"])
-    assert len(json.loads(out.read_text())) == 6
+    assert tables.means([*rows, refused], "m") == {"rdr": {0.2: pytest.approx(3.0), 0.1: pytest.approx(2.0)}}
+    assert tables.means([dict(row, needle=row["kl"]) for row in rows], "m", "needle")["rdr"][0.1] == 2.5

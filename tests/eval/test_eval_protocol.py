@@ -138,8 +138,6 @@ def test_documents_are_long_enough_and_distinct():
     assert not set(texts.REPORTED) & set(texts.TUNING)
     pages = [texts.text(name)[:10_000] for name in (*texts.REPORTED, *texts.TUNING)]
     assert min(map(len, pages)) == 10_000 and len(set(pages)) == len(pages)
-    with pytest.raises(ValueError, match="did you mean 'novel'"):
-        texts.text("novels")
 
 
 def test_long_documents_repeat_nothing_of_the_tuning_text():

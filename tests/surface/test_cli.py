@@ -1,6 +1,8 @@
 """The sphkv command, and the entry point that torch finds."""
 
 import importlib.metadata
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -98,6 +100,20 @@ def test_a_bench_of_the_gpu_says_what_to_use_without_one(bench, monkeypatch):
     result = run(app, ["bench", bench])
     assert result.exit_code == 2
     assert "torch finds none here" in result.output and "sphkv bench decode" in result.output
+
+
+@pytest.mark.parametrize(
+    ("module", "light"), [("sphkv_compile", ""), ("sphkv_compile.cli", "sphkv_compile.eval sphkv_compile.eval.app")]
+)
+def test_the_evaluation_is_not_imported_before_it_runs(module, light):
+    """``import sphkv_compile`` and ``sphkv --help`` cost what they did without it."""
+    code = (
+        f"import sys, {module}\n"
+        "heavy = {'transformers', 'matplotlib', *(m for m in sys.modules if m.startswith('sphkv_compile.eval'))}\n"
+        f"print(*sorted((heavy & set(sys.modules)) - set({light.split()!r})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
 
 
 def test_a_bench_refuses_an_unknown_shape():
