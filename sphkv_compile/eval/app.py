@@ -51,6 +51,7 @@ def evaluate(
     streaming: Annotated[bool, typer.Option("--streaming", help="The same, while a text streams by.")] = False,
     needles: Annotated[bool, typer.Option("--needles", help="Facts found again, question known and unknown.")] = False,
     coherence: Annotated[bool, typer.Option("--coherence", help="How often a continuation repeats itself.")] = False,
+    utilities: Annotated[bool, typer.Option("--utilities", help="Ours beside itself planned by exact logits.")] = False,
     prompt: Annotated[int, typer.Option(help="Tokens.")] = 2048,
     cases: Annotated[int, typer.Option(min=1, help="Of each kind of question.")] = 48,
     batch: Annotated[int, typer.Option(min=1, help="Cases that share a cache.")] = 8,
@@ -63,7 +64,7 @@ def evaluate(
     from sphkv_compile.eval.order import Order
     from sphkv_compile.integrations.models import available
 
-    asked = {"kl": kl, "streaming": streaming, "needles": needles, "coherence": coherence}
+    asked = {"kl": kl, "streaming": streaming, "needles": needles, "coherence": coherence, "utilities": utilities}
     lists = {
         "documents": [*(document or ()), *map(str, text or ())],
         "methods": method,

@@ -26,6 +26,19 @@ def visible(queries: int, length: int, sliding: int | None, device: torch.device
     return (age >= 0) & (age < (sliding or length))
 
 
+def weights(q: Tensor, k: Tensor, held: Tensor, at: Tensor, scale: float) -> Tensor:
+    """Softmax weights over what is held and not after the query: plain attention, in float32.
+
+    Args:
+        at: positions of the queries.
+
+    Shapes: ``q`` [B, HQ, T, D], ``k`` [B, H, C, D], ``held`` bool[B, H, C], ``at`` int64[T] -> float32[B, H, G, T, C].
+    """
+    logits = q.float().unflatten(1, (k.shape[1], -1)) @ k.float().mT.unsqueeze(2) * scale
+    shown = held[:, :, None, None] & (torch.arange(k.shape[2], device=k.device) <= at.unsqueeze(-1))
+    return logits.masked_fill(~shown, -torch.inf).softmax(-1)
+
+
 def attention(
     module: Any,
     query: Tensor,

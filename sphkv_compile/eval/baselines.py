@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sphkv_compile.eval.attention import weights
 from sphkv_compile.eval.methods import LayerMoments, Method
 from sphkv_compile.eval.retention import SPEC, Cache, Prompt, coded_end
 
@@ -56,11 +57,9 @@ class Seen:
         Shapes: -> float32[B, H, G, T, C] each.
         """
         newest = min(newest, self.q.shape[3])
-        at, keys = torch.arange(self.length, device=self.k.device), self.k.float().unsqueeze(2)
-        for rows, q in zip(at[-newest:].split(BLOCK), self.q[..., -newest:, :].split(BLOCK, 3)):
-            logits = q.float() @ keys.mT * self.scale
-            shown = self.held[:, :, None, None] & (at <= rows[:, None])
-            yield logits.masked_fill(~shown, -torch.inf).softmax(-1)
+        at = torch.arange(self.length - newest, self.length, device=self.k.device)
+        for rows, q in zip(at.split(BLOCK), self.q[..., -newest:, :].split(BLOCK, 3)):
+            yield weights(q.flatten(1, 2), self.k, self.held, rows, self.scale)
 
 
 class Score(ABC):

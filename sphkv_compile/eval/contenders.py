@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from sphkv_compile.eval import quanto
 from sphkv_compile.eval.baselines import Evicted, ExpectedAttention, HeavyHitter, Recency, Recoded, Score, SnapKV
+from sphkv_compile.eval.exact import Exact
 from sphkv_compile.eval.kivi import Kivi
 from sphkv_compile.eval.methods import Method
 from sphkv_compile.eval.retention import Cache, Coded, Prompt
@@ -27,11 +28,13 @@ class Contender:
     Args:
         line: of the plot, where settings of one method stand under several names.
         budgeted: whether it fits any budget; else it is measured once.
+        usual: whether it is measured where no method is named; what no cache could do is not.
     """
 
     fill: Fill
     line: str = ""
     budgeted: bool = True
+    usual: bool = True
 
 
 class EqualHeads(Rdr):
@@ -43,6 +46,11 @@ class EqualHeads(Rdr):
 def coded(**options: Any) -> Contender:
     """The product under a budget, with such options."""
     return Contender(lambda prompt, limit, capacity: Coded(prompt, capacity, limit, **options))
+
+
+def exact(**options: Any) -> Contender:
+    """The same, with exact logits to plan by."""
+    return Contender(lambda prompt, limit, capacity: Exact(prompt, capacity, limit, **options), usual=False)
 
 
 def evicted(score: type[Score]) -> Contender:
@@ -65,6 +73,8 @@ METHODS: dict[str, Contender] = {
     "rdr, equal heads": coded(policy=EqualHeads()),
     "rdr, one tier": coded(tiers="K4V4"),
     "rdr, keep-all heads": coded(keep_all_heads=0.2),
+    "rdr, exact logits": exact(),
+    "rdr, one tier, exact logits": exact(tiers="K4V4"),
     "4-bit eviction, same utilities": coded(policy=EqualHeads(), tiers="K4V4"),
     **{
         name: coded(policy=policy, tiers="K4V4")
@@ -90,6 +100,7 @@ METHODS: dict[str, Contender] = {
     },
 }
 """In the order of the tables."""
+USUAL = [name for name, contender in METHODS.items() if contender.usual]
 
 
 class Cell(NamedTuple):

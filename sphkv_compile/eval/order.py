@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from sphkv_compile.eval import texts
-from sphkv_compile.eval.contenders import METHODS
+from sphkv_compile.eval.contenders import METHODS, USUAL
 from sphkv_compile.eval.retention import SPEC, coded_end
 from sphkv_compile.integrations.models import find
 
@@ -38,7 +38,7 @@ class Order:
     device: str
     dtype: str
     documents: list[str] = field(default_factory=lambda: list(texts.REPORTED))
-    methods: list[str] = field(default_factory=lambda: list(METHODS))
+    methods: list[str] = field(default_factory=lambda: list(USUAL))
     budgets: list[float] = field(default_factory=lambda: [0.25, 0.125, 0.0625])
     tasks: list[str] = field(default_factory=lambda: ["kl"])
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from sphkv_compile.eval.contenders import METHODS, WHOLE
 from sphkv_compile.eval.record import Row
 
-TASKS = {"kl": "kl", "streaming": "kl", "needles": "needle", "coherence": "repeated"}
+TASKS = {"kl": "kl", "streaming": "kl", "needles": "needle", "coherence": "repeated", "utilities": "kl"}
 """What can be measured, and the key of a row that says it best."""
 
 
@@ -61,6 +61,22 @@ def tables(task: str, rows: list[Row]) -> Iterator[Table]:
         kinds = dict.fromkeys(row["document"] for row in mine) if task == "needles" else [None]
         for kind in kinds:
             yield table([row for row in mine if kind in (None, row["document"])], model, TASKS[task])
+        if task == "utilities":
+            yield orders(mine, model)
+
+
+def orders(rows: list[Row], model: str) -> Table:
+    """How alike utilities from codes and from dense keys rank tokens, a row for each document."""
+    rows = [row for row in rows if "correlation" in row]
+    out = Table(
+        title=f"{model}: attention from {rows[0]['tier']} beside exact, mean (lowest head)", title_justify="left"
+    )
+    for name in ("document", "rank correlation", "top 10 % in common"):
+        out.add_column(name)
+    for row in rows:
+        pairs = (f"{row[key]:.4f} ({row[f'lowest_{key}']:.4f})" for key in ("correlation", "overlap"))
+        out.add_row(row["document"], *pairs)
+    return out
 
 
 def plot(rows: list[Row], path: Path) -> bool:

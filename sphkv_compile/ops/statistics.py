@@ -7,7 +7,7 @@ counts in their softmax.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -107,6 +107,7 @@ def observe(
     scale: float | None = None,
     frequencies: Tensor | None = None,
     fused: bool = True,
+    attention: Callable[..., list[Tensor]] = mean_attention,
 ) -> Seen:
     """Bring every coded token's statistics up to the newest ``count`` queries, of which one in ``EVERY`` is asked.
 
@@ -116,6 +117,7 @@ def observe(
     Args:
         frequencies: of each row's rotary embedding, for the attention to be expected: what the same queries would pay,
             were they turned on to positions to come, the first of them by ``count`` tokens, the last by twice as many.
+        attention: whoever says what queries paid, called as :func:`mean_attention` is.
 
     Units: ``count`` in tokens, at most the queries that the state remembers; ``frequencies`` in radians a token.
 
@@ -133,7 +135,7 @@ def observe(
         angles = (ahead.unsqueeze(-1) * frequencies.unsqueeze(1)).unsqueeze(1)
         queries = torch.cat([queries.float(), turned(queries.float(), angles, layout.rope)], 2)
         at, parts = torch.cat([at, at + ahead]), parts * 2
-    new, *more = mean_attention(state, layout, queries, at, scale, parts, fused)
+    new, *more = attention(state, layout, queries, at, scale, parts, fused)
     expected = more[0] if more else None
     remember = _remember
     if fused and (kernels := gpu("statistics", layout, state.arena.device)) is not None:

@@ -131,9 +131,12 @@ class Retention:
         """One kind after the other, with the positions of what they hold, and nothing behind it in the tables."""
         for group in together(owners):
             sites = stacked(group)
-            state = trimmed(sites.state)
-            seen = observe(state, sites.layout, count, sites.scale, self._frequencies(sites))
-            yield sites._replace(state=state._replace(positions=seen.positions)), seen
+            sites = sites._replace(state=trimmed(sites.state))
+            seen = self._look(sites, count)
+            yield sites._replace(state=sites.state._replace(positions=seen.positions)), seen
+
+    def _look(self, sites: Sites, count: int) -> Seen:
+        return observe(sites.state, sites.layout, count, sites.scale, self._frequencies(sites))
 
     def _held(self, sites: Sites, seen: Seen) -> Held:
         state, layout, g = sites.state, sites.layout, sites.geometry
@@ -172,7 +175,7 @@ class Retention:
         losses, sizes = [], []
         for sites, seen in found:
             equal = each[sites.owners[0]]
-            losses.append(self._losses(sites, seen, equal, count))
+            losses.append(self._losses(sites, self._bought(sites, seen, equal), count).flatten(0, 1))
             sizes.append(head_bytes(sites, equal))
             self._kappas.update(zip(sites.owners, kappa(sites.state, sites.layout, sites.scale).split(sites.rows)))
         counts = [len(x) for x in losses]
@@ -187,25 +190,27 @@ class Retention:
             if keep:
                 self.keeps.update(zip(sites.owners, own.view(-1, heads).split(sites.rows)))
 
-    def _losses(self, sites: Sites, seen: Seen, equal: float, count: int) -> Tensor:
-        """What each head would have lost with each share of ``GRID``: from the first queries that there are, the second
-        half of which says what would have been lost by what the first half says of the tokens. How many tokens a share
-        buys is asked of the policy, which chooses their tiers.
-
-        Shapes: -> float32[B * H, len(GRID)].
-        """
-        state, layout = sites.state, sites.layout
-        end, half, known = int(state.rows[:, LENGTH].max()), count // 2, self._held(sites, seen)
+    def _bought(self, sites: Sites, seen: Seen, equal: float) -> Tensor:
+        """How many tokens each share of ``GRID`` buys a head: at the prices of the tiers that the policy chooses for an
+        equal one. Shapes: -> int64[B, H, len(GRID)]."""
+        known = self._held(sites, seen)
         choice = self.policy.plan(known, self._budget(sites, equal))
-        price = torch.tensor(known.prices, device=choice.device) / layout.page
+        price = torch.tensor(known.prices, device=choice.device) / sites.layout.page
         stays = (choice != DROP) & (known.positions >= 0)
         paid = torch.where(stays, price[torch.where(stays, choice, 0).long()], 0.0)
         mean_price = paid.sum((2, 3)) / stays.sum((2, 3)).clamp(min=1)
-        bought = equal * torch.tensor(GRID, device=price.device) / mean_price.clamp(min=1e-3).unsqueeze(-1)
-        return realised_losses(
-            state, layout, mean_worth(sites, newest_queries(state, end - count, end - half), end - count),
-            bought.long(), newest_queries(state, end - half, end), end - half, sites.scale,
-        ).flatten(0, 1)  # fmt: skip
+        return (equal * torch.tensor(GRID, device=price.device) / mean_price.clamp(min=1e-3).unsqueeze(-1)).long()
+
+    def _losses(self, sites: Sites, keep: Tensor, count: int) -> Tensor:
+        """What the second half of the newest queries would have lost, had the first half chosen so many tokens.
+
+        Shapes: ``keep`` int64[B, H, S] -> float32[B, H, S].
+        """
+        state, layout, half = sites.state, sites.layout, count // 2
+        end = int(state.rows[:, LENGTH].max())
+        worth = mean_worth(sites, newest_queries(state, end - count, end - half), end - count)
+        later = newest_queries(state, end - half, end)
+        return realised_losses(state, layout, worth, keep, later, end - half, sites.scale)
 
     def _retain(self, pool: Pool, sites: Sites, seen: Seen, each: float) -> None:
         held, budget = self._held(sites, seen), self._budget(sites, each)

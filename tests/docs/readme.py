@@ -101,6 +101,25 @@ def needle_table() -> str:
     return "\n".join([*lines, "", f"{cases} cases; the dense cache finds {full:.2f} of them."])
 
 
+def utilities_table() -> str:
+    """What plans read from codes beside the same from dense keys: how both rank tokens, and KL after plans by either.
+
+    Units: nats.
+    """
+    rows = json.loads(record_of(RECORDS / "eval/budget.json", "utilities").read_text())
+    budgets = sorted({row["budget"] for row in rows if "kl" in row}, reverse=True)
+    columns = [(method, b) for method in ("rdr", "rdr, one tier") for b in budgets]
+    head = ("model", "rank correlation", "lowest head", "top 10 %", *(f"{name}, {100 * b:g} %" for name, b in columns))
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        orders = [row for row in rows if row["model"] == model and "correlation" in row]
+        alike, common = (sum(r[key] for r in orders) / len(orders) for key in ("correlation", "overlap"))
+        lowest, kl = min(r["lowest_correlation"] for r in orders), means(rows, model)
+        pairs = " | ".join(f"{kl[name][b]:.4f} / {kl[f'{name}, exact logits'][b]:.4f}" for name, b in columns)
+        lines.append(f"| {model} | {alike:.4f} | {lowest:.3f} | {common:.3f} | {pairs} |")
+    return "\n".join([*lines, "", f"Documents: {', '.join(dict.fromkeys(row['document'] for row in rows))}."])
+
+
 def speed_table() -> str:
     """The decode bench's records. Units: milliseconds, MiB."""
     head = ("tokens", "side", "ms/step", "of dense", "compile", "cache MiB", "peak MiB: prefill, first step, decode")
@@ -295,6 +314,7 @@ MEASURED: dict[str, Callable[[], str]] = {
     "budget_long": lambda: budget_table(name="budget_long.json"),
     "streaming": lambda: budget_table("streaming"),
     "needles": needle_table,
+    "utilities": utilities_table,
     "speed": speed_table,
     "attention": attention_table,
     "peers": peers_table,

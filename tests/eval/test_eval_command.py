@@ -62,13 +62,13 @@ def test_it_measures_and_records_everything(folder, tmp_path, monkeypatch):
     tasks = [*(f"--{task}" for task in tables.TASKS), "--cases", 2]
     result = command(*common, *methods, *tasks, "--budget", 0.25)
     assert result.exit_code == 0, result.output
-    names = {"kl": 2, "streaming": 2, "needles": 4, "coherence": 1}
+    names = {"kl": 2, "streaming": 2, "needles": 4, "coherence": 1, "utilities": 5}
     for task, key in tables.TASKS.items():
         rows = rows_of(record_of(out, task))
-        assert len(rows) == 2 * names[task] and all(row[key] is not None for row in rows)
+        assert len(rows) == 2 * names[task] and all("correlation" in row or row[key] is not None for row in rows)
         assert {row["model"] for row in rows} == {"letters"}
         assert str(record_of(out, task)) in result.output
-    assert "all (bytes per token)" in result.output
+    assert "all (bytes per token)" in result.output and "rank correlation" in result.output
     assert out.with_suffix(".png").stat().st_size > 1000
     more = command(*common, *repeated("--method", "rdr", "StreamingLLM bf16"), "--budget", 0.25, "--append")
     assert more.exit_code == 0 and len(rows_of(out)) == 6
