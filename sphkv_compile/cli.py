@@ -11,7 +11,7 @@ from rich.table import Table
 
 from sphkv_compile.bench.app import app as bench
 from sphkv_compile.eval.app import evaluate
-from sphkv_compile.spec import CacheSpec
+from sphkv_compile.spec import CacheSpec, human
 
 app = typer.Typer(help="KV caches as spherical codes, for unmodified PyTorch models.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
@@ -62,7 +62,6 @@ def inspect(
 
 def byte_table(k_dim: int, v_dim: int, heads: int, layers: int, length: int, menu: list[int | str]) -> Table:
     """Bytes by field, a column per tier. Units: bytes per token and kv head; the last rows are the whole cache."""
-    from sphkv_compile.report import human
     from sphkv_compile.storage.layout import Layout
 
     dense = 2 * (k_dim + v_dim)

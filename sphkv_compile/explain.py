@@ -21,10 +21,9 @@ from sphkv_compile.ops.decode import attend, on_device, packing
 from sphkv_compile.passes.match import Verdict
 from sphkv_compile.passes.rewrite import geometry
 from sphkv_compile.patterns import Site
-from sphkv_compile.report import human
 from sphkv_compile.runtime import log
 from sphkv_compile.runtime.pool import arena_bytes, reserve
-from sphkv_compile.spec import CacheSpec, parse_bytes
+from sphkv_compile.spec import CacheSpec, human, parse_bytes
 from sphkv_compile.storage.arena import Arena
 from sphkv_compile.storage.layout import Layout
 from sphkv_compile.storage.state import LENGTH, Geometry, empty_state

@@ -14,6 +14,7 @@ from rich.text import Text
 from sphkv_compile.ops.pages import with_positions
 from sphkv_compile.runtime.certificate import LIMIT, Certificate, certificate
 from sphkv_compile.runtime.ownership import Owner, owner_of
+from sphkv_compile.spec import human
 from sphkv_compile.storage.layout import Layout
 from sphkv_compile.storage.state import BASE, LENGTH, SPANS, START
 
@@ -242,15 +243,6 @@ def _tensors(obj: Any, depth: int = 6, seen: set[int] | None = None) -> Iterator
         inner = getattr(obj, "__dict__", {}).values()
     for item in inner:
         yield from _tensors(item, depth - 1, seen)
-
-
-def human(nbytes: float) -> str:
-    """Bytes for a person."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if nbytes < 1024 or unit == "GiB":
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
-        nbytes /= 1024
-    return ""
 
 
 def _totals(r: Report) -> Table:

@@ -254,3 +254,12 @@ def _nearest_amount(text: str) -> str:
     number, word = re.search(r"\d+\.?\d*|\.\d+", amount), re.search(r"[A-Za-z]+", amount)
     unit = difflib.get_close_matches(word[0].lower() if word else "b", _SPELLED, n=1, cutoff=0.0)[0]
     return (number[0] if number else "64") + _SPELLED[unit] + ("/token" if divided else "")
+
+
+def human(nbytes: float) -> str:
+    """Bytes for a person."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024 or unit == "GiB":
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1024
+    return ""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sphkv_compile.bench.sides import SHAPES, WARM, Job, Ours, Plain, Side, build, prefilled, side
 from sphkv_compile.lowering.compat import recorded_graphs
-from sphkv_compile.report import human
+from sphkv_compile.spec import human
 from sphkv_compile.testing.compare import token_kl
 
 BLOCK = 16
