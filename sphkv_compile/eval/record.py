@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-"""Keys: model, document, method, budget (1 where all tokens stay), total_bytes_per_token, and what was found. Kept
-records have ``expected``, false, where a run was older than expected attention."""
+"""Keys: model, document, method, budget (1 where all tokens stay), total_bytes_per_token, and what was found."""
 
 
 class Record:

@@ -83,6 +83,7 @@ def plot(rows: list[Row], path: Path) -> bool:
     """KL against bytes, one panel per model. False when matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import ScalarFormatter
     except ImportError:
         return False
     models = list(dict.fromkeys(row["model"] for row in rows))
@@ -96,6 +97,7 @@ def plot(rows: list[Row], path: Path) -> bool:
             (shown[line],) = axes.plot(*zip(*points), **style | ({"linewidth": 3} if line == "rdr" else {}))
         axes.set(xscale="log", yscale="log", title=model)
         axes.set(xlabel="bytes per token and kv head, all counted", ylabel="KL(dense || cache), nats per token")
+        axes.xaxis.set(major_formatter=ScalarFormatter(), minor_formatter=ScalarFormatter())
         axes.grid(alpha=0.3, which="both")
     figure.legend(shown.values(), shown, loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=130)

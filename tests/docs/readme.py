@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -33,14 +34,19 @@ def refusal_table() -> str:
 
 def metadata_table() -> str:
     """Bytes per token and kv head beyond the window. Units: bytes."""
-    lines = ["| tier | D | codes | metadata | total | of bf16 |", "|---|---|---|---|---|---|"]
+    head = ("tier", "D", "codes", "metadata", "total", "of bf16", "metadata of kept tokens", "of their total")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for bits in ("K8V4", "K4V4", "K4V2", "K3V2", "K2V2"):
         for dim in (64, 128):
             layout = Layout.of(CacheSpec(bits=bits))
-            f = layout.fields(layout.tiers[0], dim, dim, (2, 2))
-            beside = f.metadata + 4 + 5 / layout.page + (dim + 4) / layout.span
-            total = f.k + f.v + beside
-            lines.append(f"| {bits} | {dim} | {f.k + f.v} | {beside:.2f} | {total:.2f} | {total / (4 * dim):.3f} |")
+            tier, table, anchor = layout.tiers[0], 5 / layout.page, (dim + 4) / layout.span
+            f = layout.fields(tier, dim, dim, (2, 2))
+            codes, beside = f.k + f.v, f.metadata + 4 + table + anchor
+            # positions and statistics lie in the pages, and anchors stay where tokens are dropped
+            kept = dataclasses.replace(layout, kept=True).fields(tier, dim, dim, (2, 2)).metadata + table
+            row = (bits, dim, codes, f"{beside:.2f}", f"{codes + beside:.2f}", f"{(codes + beside) / (4 * dim):.3f}",
+                   f"{kept:.2f}", f"{100 * kept / (codes + kept):.1f} %")  # fmt: skip
+            lines.append(f"| {' | '.join(map(str, row))} |")
     return "\n".join(lines)
 
 
@@ -90,15 +96,29 @@ def budget_table(task: str = "kl", name: str = "budget.json") -> str:
 def needle_table() -> str:
     """Facts found again: the share of cases that are right, with its 95 % interval."""
     rows = json.loads(record_of(RECORDS / "eval/budget.json", "needles").read_text())
-    budgets = sorted({row["budget"] for row in rows if row["budget"] != 1}, reverse=True)
-    lines = [f"| model | method | {' | '.join(f'{100 * b:g} %' for b in budgets)} |", "|---" * (2 + len(budgets)) + "|"]
-    for model, method in dict.fromkeys((row["model"], row["method"]) for row in rows):
-        mine = {r["budget"]: r for r in rows if (r["model"], r["method"]) == (model, method)}
-        cells = [mine.get(b, mine.get(1.0)) for b in budgets]
-        shares = " | ".join(f"{r['needle']:.2f} ({r['lower']:.2f} to {r['upper']:.2f})" for r in cells)
-        lines.append(f"| {model} | {method} | {shares} |")
-    (cases,), (full,) = {r["cases"] for r in rows}, {round(r["full"], 2) for r in rows}
-    return "\n".join([*lines, "", f"{cases} cases; the dense cache finds {full:.2f} of them."])
+    budgets = sorted({row["budget"] for row in rows if row["budget"] != WHOLE}, reverse=True)
+    cells = {(r["document"], r["method"], r["budget"]): r for r in rows}
+    head = [f"{100 * b:g} %" for b in budgets]
+    lines = [f"| what, and who knows the question | method | {' | '.join(head)} |", "|---" * (2 + len(head)) + "|"]
+    for kind, method in dict.fromkeys((row["document"], row["method"]) for row in rows):
+        found = [cells.get((kind, method, b)) or cells[kind, method, WHOLE] for b in budgets]
+        shares = " | ".join(f"{r['needle']:.2f} ({r['lower']:.2f} to {r['upper']:.2f})" for r in found)
+        lines.append(f"| {kind} | {method} | {shares} |")
+    (model,), (cases,) = {r["model"] for r in rows}, {r["cases"] for r in rows}
+    full = ", ".join(f"{kind}: {found:.2f}" for kind, found in {r["document"]: r["full"] for r in rows}.items())
+    return "\n".join([*lines, "", f"{NAMES[model]}, {cases} cases each; the dense cache finds of them: {full}."])
+
+
+def coherence_table() -> str:
+    """What continuations look like: how much of them was said before, and how likely the dense model finds them."""
+    rows = json.loads(record_of(RECORDS / "eval/budget.json", "coherence").read_text())
+    lines = ["| method | budget | repeated | nats per token, by the dense model |", "|---|---|---|---|"]
+    for r in rows:
+        budget = "all" if r["budget"] == WHOLE else f"{100 * r['budget']:g} %"
+        lines.append(f"| {r['method']} | {budget} | {r['repeated']:.2f} | {r['nll']:.2f} |")
+    (model,) = {NAMES[r["model"]] for r in rows}
+    (said, nll) = ({round(r[key], 2) for r in rows}.pop() for key in ("dense_repeated", "dense_nll"))
+    return "\n".join([*lines, "", f"{model}; the dense cache: {said:.2f} repeated, {nll:.2f} nats."])
 
 
 def utilities_table() -> str:
@@ -163,6 +183,19 @@ def tier_name(tier: str) -> str:
         return tier
     parts = (part.split(":") for part in tier.split("/"))
     return "kept: " + ", ".join(f"{float(share):.0%} {name}" for name, share in parts)
+
+
+def plan_table() -> str:
+    """The records of the plan bench. Units: milliseconds."""
+    head = ("card", "layers", "B", "L", "budget", "a plan", "attention of the steps until the next", "share")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for path in sorted(BENCH.glob("plan*.json")):
+        record = json.loads(path.read_text())
+        for r in (r for r in record["rows"] if r["what"] == "plan"):
+            what = f"{short(record['card'])} | {r['layers']} | {r['B']} | {r['L']:,} | {100 * r['budget']:g} %"
+            between = r["every"] * r["attention_ms"]
+            lines.append(f"| {what} | {r['ms']:.0f} | {between:.0f} | {100 * r['share']:.0f} % |")
+    return "\n".join(lines)
 
 
 def uneven_table() -> str:
@@ -314,10 +347,12 @@ MEASURED: dict[str, Callable[[], str]] = {
     "budget_long": lambda: budget_table(name="budget_long.json"),
     "streaming": lambda: budget_table("streaming"),
     "needles": needle_table,
+    "coherence": coherence_table,
     "utilities": utilities_table,
     "speed": speed_table,
     "attention": attention_table,
     "peers": peers_table,
+    "plan": plan_table,
     "model": model_table,
 }
 """From the records of evaluation and bench."""
