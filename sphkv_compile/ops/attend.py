@@ -220,6 +220,19 @@ def key_logits(
     return (turned @ code.mT) * radius.unsqueeze(2) + anchor
 
 
+def turned_keys(state: State, layout: Layout, tier: Tier, fields: Pages, slots: Tensor) -> Tensor:
+    """Keys of some pages of one tier as turned queries meet them, for many queries at once.
+
+    Shapes: as of :func:`key_logits` -> float32[B, H, P * page, D].
+    """
+    d, flat = state.exact_k.shape[-1], slots.flatten(2)
+    code = layout.code.decode(fields.k.flatten(2, 3), d, tier.k_bits)
+    scale, top = (state.span_scales[..., i].float().gather(2, flat) for i in range(2))
+    radius = radii(fields._replace(radius=fields.radius.unsqueeze(-2)), top.view(slots.shape)).squeeze(-1).flatten(2)
+    anchors = state.anchors.gather(2, flat.unsqueeze(-1).expand(-1, -1, -1, d)).float() * scale.unsqueeze(-1)
+    return anchors.addcmul_(code, radius.unsqueeze(-1))
+
+
 def _values(state: State, tier: Tier, fields: Pages) -> tuple[Tensor, Tensor | None]:
     """Values, and their weights where they are codes. Shapes: -> [B, H, P * page, Dv], [B, H, P * page]."""
     if tier.v_bits == PASSTHROUGH:

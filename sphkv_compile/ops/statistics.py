@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sphkv_compile.ops.attend import PAGES, anchor_logits, key_logits, turned_queries
+from sphkv_compile.ops.attend import turned_keys, turned_queries
 from sphkv_compile.ops.device import gpu
 from sphkv_compile.ops.pages import (
     read_pages,
@@ -35,6 +35,11 @@ documents that are not reported (2,048 tokens, 256 after), geometric mean of KL 
 all queries first: SmolLM2 .0143, .0526 and .0139, .0481; Gemma3 .0295, .1280 and .0335, .1282."""
 
 
+LOGITS = {"cpu": 1 << 20}
+"""Logits that are worked out at once: as many as a processor's cache holds. Elsewhere ``MANY``, for few launches."""
+MANY = 1 << 25
+
+
 def mean_attention(
     state: State,
     layout: Layout,
@@ -48,7 +53,7 @@ def mean_attention(
 
     Args:
         queries: whose own tokens the state holds already, or that are still to come.
-        at: their positions; a query sees what is not after it.
+        at: their positions; a query sees what is not after it. Those of a part ascend.
         parts: so many queries at a time have a mean of their own; by default all have one.
         fused: whether a GPU's kernels may do it.
 
@@ -67,15 +72,17 @@ def mean_attention(
     turned, exact = turned_queries(q, state, layout), _exact_lse(state, layout, q, at)
     if fused and (kernels := gpu("statistics", layout, state.arena.device)) is not None:
         return kernels.mean_attention(state, layout, turned, exact, at, parts)
-    lse, bias, state = exact, anchor_logits(turned, state), with_positions(state, layout)
-    for _, logits in _blocks(state, layout, q, turned, bias, at):
+    lse, state = exact, with_positions(state, layout)
+    for _, logits in _blocks(state, layout, turned, at):
         lse = torch.logaddexp2(lse, _lse(logits))
     out = [torch.zeros(*state.table.shape, layout.page, device=queries.device) for _ in parts]
-    for pages, logits in _blocks(state, layout, q, turned, bias, at):
-        weights = (logits - lse.unsqueeze(-1)).exp2().unflatten(2, q.shape[2:4])
-        seen = (logits > -math.inf).unflatten(2, q.shape[2:4])
-        for mean, paid, looks in zip(out, weights.split(parts, 3), seen.split(parts, 3)):
-            mean[:, :, pages] += (paid.sum((2, 3)) / looks.sum((2, 3)).clamp(min=1)).unflatten(2, (-1, layout.page))
+    for pages, logits in _blocks(state, layout, turned, at):
+        paid = logits.sub_(lse.unsqueeze(-1)).exp2_().unflatten(2, q.shape[2:4])
+        for mean, weights in zip(out, paid.split(parts, 3)):
+            mean[:, :, pages] += weights.sum((2, 3)).unflatten(2, (-1, layout.page))
+    for mean, asked in zip(out, at.split(parts)):  # as many queries see a token as are not before it
+        looks = len(asked) - torch.searchsorted(asked, state.positions.long())
+        mean /= (looks * q.shape[2]).clamp(min=1)
     return out
 
 
@@ -192,10 +199,9 @@ def realised_losses(
     scale = d**-0.5 if scale is None else scale
     q = (queries.float() * (scale / math.log(2))).unflatten(1, (h, -1))
     turned = turned_queries(q, state, layout)
-    bias = anchor_logits(turned, state)
     at = first + torch.arange(q.shape[3], device=q.device)
     lse, state = _exact_lse(state, layout, q, at), with_positions(state, layout)
-    for _, logits in _blocks(state, layout, q, turned, bias, at):
+    for _, logits in _blocks(state, layout, turned, at):
         lse = torch.logaddexp2(lse, _lse(logits))
     there = worth >= 0
     length = torch.where(there, value_lengths(state, layout), 0.0)
@@ -203,7 +209,7 @@ def realised_losses(
     rank = worth.flatten(2).argsort(dim=-1, descending=True, stable=True).argsort(-1)
     lost = torch.searchsorted(keep, rank, right=True).view(worth.shape)  # of the numbers, how many do not keep it
     sums = torch.zeros(*lse.shape, keep.shape[-1] + 1, device=lse.device)
-    for pages, logits in _blocks(state, layout, q, turned, bias, at):
+    for pages, logits in _blocks(state, layout, turned, at):
         paid = (logits - lse.unsqueeze(-1)).exp2() * length[:, :, pages].flatten(2).unsqueeze(2)
         sums.scatter_add_(-1, lost[:, :, pages].flatten(2).unsqueeze(2).expand_as(paid), paid)
     return sums[..., 1:].flip(-1).cumsum(-1).flip(-1).square().mean(2)
@@ -211,30 +217,32 @@ def realised_losses(
 
 def _lse(logits: Tensor) -> Tensor:
     """Log of the sum of the powers of 2; very low where nothing is seen. Shapes: [..., n] -> [...]."""
-    return torch.logsumexp(logits * math.log(2), -1).clamp(min=-1e30) / math.log(2)
+    top = logits.amax(-1, keepdim=True).clamp(min=-1e30)
+    return ((logits - top).exp2_().sum(-1).log2() + top.squeeze(-1)).clamp(min=-1e30)
 
 
-def _blocks(
-    state: State, layout: Layout, q: Tensor, turned: Tensor, bias: Tensor, at: Tensor
-) -> Iterator[tuple[slice, Tensor]]:
-    """Some pages at one tier: which, and their logits; positions are in the state.
+def _blocks(state: State, layout: Layout, turned: Tensor, at: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Some pages at one tier: which, and their logits, which are the caller's; positions are in the state.
 
     Shapes: ``at`` int64[T], the queries' positions -> float32[B, H, G * T, P * page], -inf where a query may not look.
     """
-    at = at.repeat(q.shape[2])  # rows are head by head
-    used = int(state.held.sum(-1).max())
-    for begin in range(0, used, PAGES):
-        pages = slice(begin, min(used, begin + PAGES))
+    rows = at.repeat(turned.shape[2] // len(at)).unsqueeze(-1)  # they are head by head
+    used, first = int(state.held.sum(-1).max()), int(at.min())
+    step = max(1, LOGITS.get(turned.device.type, MANY) // (turned[..., 0].numel() * layout.page))
+    for begin in range(0, used, step):
+        pages = slice(begin, min(used, begin + step))
         positions = state.positions[:, :, pages]
         slots = span_slots(state, layout, positions, state.rows[:, START])
+        late = int(positions.max()) > first
         for index, tier in enumerate(layout.tiers):
-            here = ((positions >= 0) & (state.tiers[:, :, pages] == index).unsqueeze(-1)).flatten(2)
+            here = ((positions >= 0) & (state.tiers[:, :, pages] == index).unsqueeze(-1)).flatten(2).unsqueeze(2)
             if not bool(here.any()):
                 continue
             fields = read_pages(state, layout, tier, state.table[:, :, pages])
-            logits = key_logits(q, state, layout, tier, fields, slots, turned, bias)
-            seen = (positions.flatten(2).unsqueeze(2) <= at.unsqueeze(-1)) & here.unsqueeze(2)
-            yield pages, logits.masked_fill(~seen, -math.inf)
+            logits = turned @ turned_keys(state, layout, tier, fields, slots).mT
+            if late:  # some queries are before some tokens
+                here = here & (positions.flatten(2).unsqueeze(2) <= rows)
+            yield pages, logits.masked_fill_(~here, -math.inf)
 
 
 def _exact_lse(state: State, layout: Layout, q: Tensor, at: Tensor) -> Tensor:
