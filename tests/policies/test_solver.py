@@ -98,6 +98,15 @@ def test_no_slot_of_a_page_is_left_empty(share):
         assert all(low >= 0.91 * high for low, high in zip(least, best))  # but for NEAR, the wider a tier, the worthier
 
 
+def test_worthless_tokens_fill_a_page_that_is_paid_for():
+    """The first of them, since none is worth more; the worthy stay. Bug: what lies in the last bin counts as absent."""
+    worth = torch.zeros(1, 300)
+    worth[0, 100:170] = 1.0
+    chosen = run(worth, [2 * 64 * 108], page=64)[0]
+    assert chosen[100:170].tolist() == [1] * 70 and chosen[:58].tolist() == [1] * 58
+    assert int(chosen.sum()) == 128
+
+
 def test_heads_do_not_meddle_and_scale_does_not_matter():
     worth = draw(3, 500, 2)
     budgets = [5000, 20_000, 60_000]
