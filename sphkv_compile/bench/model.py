@@ -23,6 +23,7 @@ from torch import Tensor
 from sphkv_compile.bench.sides import SHAPES, WARM, Job, Ours, Plain, Side, build, prefilled, side
 from sphkv_compile.lowering.compat import recorded_graphs
 from sphkv_compile.spec import human
+from sphkv_compile.testing.clock import wait
 from sphkv_compile.testing.compare import token_kl
 
 BLOCK = 16
@@ -169,12 +170,6 @@ class Peak:
         found = torch.cuda.max_memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         return found
-
-
-def wait(device: torch.device) -> None:
-    """Until the device has done all it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def empty_cache(device: torch.device) -> None:

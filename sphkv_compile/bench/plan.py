@@ -7,9 +7,11 @@ last plan has left, captured in a CUDA graph; a step has one of every layer.
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +20,6 @@ from torch import Tensor
 
 from sphkv_compile.ops.append import append
 from sphkv_compile.ops.decode import packing
-from sphkv_compile.policies import POLICIES
 from sphkv_compile.policies.solver import Prices, allocate
 from sphkv_compile.runtime.ownership import Owner
 from sphkv_compile.runtime.pool import Pool, page_bytes
@@ -62,8 +63,8 @@ class Run:
         kind = torch.bfloat16
         self.geometry = g = Geometry(batch, heads, capacity, d, d, kind, kind, False, group)
         dense = g.dense_bytes * shape.layers
-        self.pool = Pool(UNIT, spec.plan_every, where)
-        self.pool.retention = Retention(POLICIES["rdr"](), parse_bytes(budget, dense))
+        self.retention = Retention.of(dataclasses.replace(spec, budget=parse_bytes(budget, dense)))
+        self.pool = Pool(UNIT, spec.plan_every, where, self.retention)
         self.owners = [Owner(self.layout, g, self.pool, scale=d**-0.5) for _ in range(shape.layers)]
         for owner in self.owners:
             owner.holds_codes = True
@@ -82,11 +83,7 @@ class Run:
 
     def step(self, count: int) -> float:
         """So many tokens come, and a plan before them if it is time. Units: milliseconds of the plan."""
-        self._wait()
-        began = time.perf_counter()
-        self.pool.step(count)
-        self._wait()
-        spent = (time.perf_counter() - began) * 1e3
+        spent = milliseconds(lambda: self.pool.step(count), self.random.device)
         for owner in self.owners:
             append(owner.state, self.layout, *self.draw(count), self.length, [0] * self.batch)
         self.length += count
@@ -105,9 +102,14 @@ class Run:
         ]
         return clock.timed(calls) / 1e3
 
-    def _wait(self) -> None:
-        if self.random.device.type == "cuda":
-            torch.cuda.synchronize(self.random.device)
+
+def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
+    """From an idle device to an idle one."""
+    clock.wait(device)
+    began = time.perf_counter()
+    call()
+    clock.wait(device)
+    return (time.perf_counter() - began) * 1e3
 
 
 def solver_ms(heads: int, tokens: int, kinds: int, shape: Shape, device: str) -> float:
@@ -120,16 +122,8 @@ def solver_ms(heads: int, tokens: int, kinds: int, shape: Shape, device: str) ->
     g = Geometry(1, heads, tokens, shape.dim, shape.dim, torch.bfloat16, torch.bfloat16, False, shape.group)
     prices = Prices((0, *sorted(page_bytes(layout, g, tier) for tier in range(len(layout.tiers)))), layout.page)
     budget = torch.full((heads,), g.dense_bytes // heads // 8, device=device)
-    spent = []
-    for _ in range(WARM + PLANS):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        allocate(worth, kind, loss, prices, budget)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        spent.append((time.perf_counter() - began) * 1e3)
-    return statistics.median(spent[WARM:])
+    call = partial(allocate, worth, kind, loss, prices, budget)
+    return statistics.median([milliseconds(call, worth.device) for _ in range(WARM + PLANS)][WARM:])
 
 
 def run(
@@ -159,11 +153,10 @@ def row(job: Run, budget: float | str) -> dict[str, Any]:
             f"{job.pool.plans - made} plans in {PLANS} steps of {every} tokens: these are not what is timed"
         )
     plan = statistics.median(spent)
-    retention = job.pool.retention
     out = {
         "what": "plan", "B": job.batch, "L": length, "HKV": job.shape.heads, "G": job.shape.group, "D": job.shape.dim,
         "layers": job.shape.layers, "budget": budget, "every": every, "ms": plan, "longest_ms": max(spent),
-        "bytes": job.pool.arena.used, "moved": retention.done.moved if retention else 0,
+        "bytes": job.pool.arena.used, "moved": job.retention.done.moved,
     }  # fmt: skip
     if job.random.device.type == "cuda":
         step = job.attention() * job.shape.layers

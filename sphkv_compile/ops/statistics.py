@@ -32,12 +32,12 @@ HALF_LIFE = 128
 EVERY = 4
 """Of the remembered queries, one in so many is asked: a mean is wanted, and each costs as much. Measured on four
 documents that are not reported (2,048 tokens, 256 after), geometric mean of KL at 12.5 and 6.25 % of bfloat16's bytes,
-all queries first: SmolLM2 .0143, .0526 and .0139, .0481; Gemma3 .0295, .1280 and .0335, .1282."""
+all queries first: SmolLM2 .0143, .0526 and .0139, .0481; Gemma3 .0295, .1280 and .0335, .1282:
+examples/eval/every.json."""
 
 
-LOGITS = {"cpu": 1 << 20}
-"""Logits that are worked out at once: as many as a processor's cache holds. Elsewhere ``MANY``, for few launches."""
-MANY = 1 << 25
+FEW, MANY = 1 << 20, 1 << 25
+"""Logits that are worked out at once: on a CPU as many as its cache holds, elsewhere so many that launches are few."""
 
 
 def mean_attention(
@@ -228,7 +228,7 @@ def _blocks(state: State, layout: Layout, turned: Tensor, at: Tensor) -> Iterato
     """
     rows = at.repeat(turned.shape[2] // len(at)).unsqueeze(-1)  # they are head by head
     used, first = int(state.held.sum(-1).max()), int(at.min())
-    step = max(1, LOGITS.get(turned.device.type, MANY) // (turned[..., 0].numel() * layout.page))
+    step = max(1, (FEW if turned.is_cpu else MANY) // (turned[..., 0].numel() * layout.page))
     for begin in range(0, used, step):
         pages = slice(begin, min(used, begin + step))
         positions = state.positions[:, :, pages]

@@ -19,6 +19,12 @@ KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENT
 """Of torch's attention kernels, those that are fast at one query."""
 
 
+def wait(device: torch.device) -> None:
+    """Until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def copies(nbytes: int, most: int = 24) -> int:
     """How many copies of a cache of ``nbytes`` exceed :data:`ROTATE` together."""
     return max(1, min(most, -(-ROTATE // nbytes)))

@@ -189,13 +189,17 @@ def plan_table() -> str:
     """The records of the plan bench. Units: milliseconds."""
     head = ("card", "layers", "B", "L", "budget", "a plan", "attention of the steps until the next", "share")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    alone = []
     for path in sorted(BENCH.glob("plan*.json")):
         record = json.loads(path.read_text())
         for r in (r for r in record["rows"] if r["what"] == "plan"):
             what = f"{short(record['card'])} | {r['layers']} | {r['B']} | {r['L']:,} | {100 * r['budget']:g} %"
             between = r["every"] * r["attention_ms"]
             lines.append(f"| {what} | {r['ms']:.0f} | {between:.0f} | {100 * r['share']:.0f} % |")
-    return "\n".join(lines)
+        for r in (r for r in record["rows"] if r["what"] != "plan"):
+            kinds = r["what"].removeprefix("allocation, ")
+            alone.append(f"{kinds} of token, {r['HKV']} heads of {r['L']:,}, {short(record['card'])}: {r['ms']:.1f} ms")
+    return "\n".join([*lines, "", f"The choice alone: {'; '.join(alone)}."])
 
 
 def uneven_table() -> str:

@@ -23,7 +23,6 @@ from sphkv_compile.storage.state import State
 
 ROWS = 64
 """Query rows that one product takes: as many as four warps of Hopper share."""
-WARPS = 4
 
 
 def mean_attention(
@@ -48,11 +47,11 @@ def mean_attention(
     lse = torch.empty(used, b, h, r, dtype=torch.float32, device=device)
     flags = {
         "D": d, "KBITS": tuple(tier.k_bits for tier in layout.tiers),
-        "BESIDE": tuple(2 * (tier.k_bits + tier.v_bits) * d for tier in layout.tiers),
+        "BESIDE": code_words(layout, d),
         "KSTEPS": tuple(words.step(tier.k_bits) for tier in layout.tiers),
         "SPAN": layout.span, "SINK": layout.sink, "ROWS": ROWS,
         "TALL": triton.next_power_of_2(len(at)), "TWO": len(parts) == 2, "TWIN": not converts(device),
-        "num_warps": WARPS,
+        "num_warps": 4,
     }  # fmt: skip
     for whole in (False, True):
         page_attention[(used, b * h)](
@@ -63,6 +62,11 @@ def mean_attention(
         if not whole:
             exact = torch.logaddexp2(exact, torch.logsumexp(lse * math.log(2), 0) / math.log(2))
     return out
+
+
+def code_words(layout: Layout, d: int) -> tuple[int, ...]:
+    """Of a page of each tier, the words that are codes: what is beside them lies behind. Units: 4 bytes."""
+    return tuple(2 * (tier.k_bits + tier.v_bits) * d for tier in layout.tiers)
 
 
 def remember(
@@ -81,7 +85,7 @@ def remember(
     page_statistics[(pages, b * h)](
         new, state.arena.view(torch.int32), state.table, state.tiers, state.held,
         positions, fresh.view(torch.uint8), mean, recent, lengths, first, end, pages, v_dim**0.5,
-        BESIDE=tuple(2 * (tier.k_bits + tier.v_bits) * d for tier in layout.tiers), HALF_LIFE=half_life, num_warps=2,
+        BESIDE=code_words(layout, d), HALF_LIFE=half_life, num_warps=2,
     )  # fmt: skip
     return positions, fresh, mean, recent, lengths
 
