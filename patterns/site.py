@@ -66,6 +66,7 @@ class Site:
         rolling: each write shifts the columns by one.
         stores: nodes that put the written buffers back; they die with the dense write.
         outputs: where the written buffers are graph outputs instead.
+        stored: how the cache says that it is stored (:mod:`sphkv_compile.integrations.cache`), as a layout's string.
         rope, angles: layout, rotated dimensions and angles of the rotary embedding (:mod:`sphkv_compile.passes.rope`).
 
     Shapes: q [B, HQ, T, D], k [B, H, T, D], v [B, H, T, Dv], k_buf [B, H, L, D], v_buf [B, H, L, Dv].
@@ -87,6 +88,7 @@ class Site:
     rolling: bool = False
     stores: tuple[Node, ...] = ()
     outputs: tuple[Node, ...] = ()
+    stored: str | None = None
     rope: tuple[str, int] = ("none", 0)
     angles: Node | None = None
 

@@ -16,8 +16,9 @@ from torch.fx import GraphModule
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sphkv_compile.lowering import compat
+from sphkv_compile.ops import schema
 from sphkv_compile.ops.check import check_kernels
-from sphkv_compile.passes.lift import lift, strip_owned
+from sphkv_compile.passes.lift import lift, strip
 from sphkv_compile.passes.match import Verdict, match
 from sphkv_compile.passes.normalize import normalize, settle
 from sphkv_compile.passes.prologue import prologue_of, snapshot, token_counter
@@ -54,9 +55,11 @@ def backend(gm: GraphModule, example_inputs: list, *, mode: str | None = None, o
     options = options or {}
     spec, inductor = CacheSpec.from_options(options), options.get("inductor", {})
     patches = {**compat.mode_patches(options.get("mode", mode)), **(inductor or {}), **compat.PATCHES}
-    strip_owned(gm)
+    strip(gm, schema.owned)
     grad = torch.is_grad_enabled()
-    if not grad:
+    if grad:
+        strip(gm, schema.stored)
+    else:
         lift(gm)
     compiler = compat.interpret if inductor is False else compat.compile_fx_inner
     inner: Any = functools.partial(compile_inner, spec=spec, grad=grad, compiler=compiler)
@@ -82,7 +85,8 @@ def compile_inner(
         run = compiler(gm, example_inputs, **kwargs)
         return _guarding(run, lookout)
     dense, prologue, count = snapshot(gm), prologue_of(gm, sites), token_counter(gm, sites[0])
-    spec = resolve(spec, [geometry(site) for site in sites])
+    if free := [geometry(site) for site in sites if site.stored is None]:
+        spec = resolve(spec, free)
     rewritten = rewrite(gm, sites, spec)
     settle(gm)
     verify(gm, rewritten)

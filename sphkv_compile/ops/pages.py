@@ -15,7 +15,7 @@ from sphkv_compile.codecs.values import encode_values
 from sphkv_compile.spec import PASSTHROUGH, Tier
 from sphkv_compile.storage import tiles
 from sphkv_compile.storage.layout import UNIT, Layout, PageFields
-from sphkv_compile.storage.state import State
+from sphkv_compile.storage.state import SPANS, State
 
 
 class Pages(NamedTuple):
@@ -137,6 +137,15 @@ def trimmed(state: State, places: int | None = None) -> State:
 def pages_in_use(state: State) -> Tensor:
     """Which places of the tables hold pages of kept tokens. Shapes: -> bool[B, H, P]."""
     return torch.arange(state.table.shape[2], device=state.table.device) < state.held.sum(-1, keepdim=True)
+
+
+def holding(state: State, layout: Layout) -> Tensor:
+    """Which places of the tables hold tokens; the others are empty, or reserved. Shapes: -> bool[B, H, P]."""
+    if layout.kept:
+        return pages_in_use(state)
+    count = state.rows[:, SPANS] * layout.pages_per_span
+    here = torch.arange(state.table.shape[2], device=state.table.device) < count.view(-1, 1, 1)
+    return here.expand_as(state.table)
 
 
 def read_statistics(state: State, layout: Layout) -> tuple[Tensor, Tensor]:

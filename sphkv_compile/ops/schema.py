@@ -1,8 +1,9 @@
-"""The four operators that appear in graphs, their fake kernels, and the dispatch from arguments to code.
+"""The five operators that appear in graphs, their fake kernels, and the dispatch from arguments to code.
 
 * ``sphkv::sdpa``    a scaled-dot-product attention as it stood in the model, every argument positional
 * ``sphkv::attend``  attention over the coded cache and the new tokens; reads the state
 * ``sphkv::append``  the new tokens enter the state; follows its attend
+* ``sphkv::stored``  new keys of a cache that says itself how it is stored; only our backend removes it
 * ``sphkv::owned``   a use of a cache tensor whose data is held as codes; only our backend removes it
 """
 
@@ -34,11 +35,13 @@ _LIB.define(
     f"append({_MUTATED}, Tensor q, Tensor k, Tensor v, Tensor? pos, SymInt? start, Tensor? mask, str layout,"
     " bool rolling) -> ()"
 )
+_LIB.define("stored(Tensor k, str layout) -> Tensor")
 _LIB.define("owned(Tensor x) -> Tensor")
 
 sdpa = torch.ops.sphkv.sdpa.default
 attend = torch.ops.sphkv.attend.default
 append = torch.ops.sphkv.append.default
+stored = torch.ops.sphkv.stored.default
 owned = torch.ops.sphkv.owned.default
 
 _N = len(STATE_FIELDS)
@@ -99,6 +102,10 @@ def _append(*args):
     state.rows[:, BASE] = base
 
 
+def _stored(k: Tensor, layout: str) -> Tensor:
+    return k.clone()
+
+
 def _owned(x: Tensor) -> Tensor:
     raise RuntimeError(
         "sphkv: this KV cache is held as codes by sphkv_compile, and a graph of another backend reads it. Compile that "
@@ -116,7 +123,9 @@ def _there(kernel):
     return run
 
 
-for _name, _kernel in (("sdpa", _sdpa), ("attend", _attend), ("append", _append), ("owned", _owned)):
+for _name, _kernel in (
+    ("sdpa", _sdpa), ("attend", _attend), ("append", _append), ("stored", _stored), ("owned", _owned)
+):  # fmt: skip
     _LIB.impl(_name, _kernel, "CPU")
     _LIB.impl(_name, _there(_kernel), "CUDA")
 
@@ -138,6 +147,11 @@ def _(*args):
 @torch.library.register_fake("sphkv::append", lib=_LIB)
 def _(*args):
     return None
+
+
+@torch.library.register_fake("sphkv::stored", lib=_LIB)
+def _(k, layout):
+    return torch.empty_like(k)
 
 
 @torch.library.register_fake("sphkv::owned", lib=_LIB)

@@ -83,9 +83,9 @@ def _as_laid_out(module: GraphModule, marker: Node) -> Node:
     return node
 
 
-def strip_owned(gm: GraphModule) -> None:
-    """Remove the mark that Dynamo left on each use of a cache tensor held as codes: this backend knows what to do."""
-    for module, node in _calls(gm, schema.owned, torch.ops.sphkv.owned):
+def strip(gm: GraphModule, *marks: torch._ops.OpOverload) -> None:
+    """Remove marks such as Dynamo left on each use of a cache tensor held as codes: this backend knows what to do."""
+    for module, node in _calls(gm, *marks):
         node.replace_all_uses_with(node.args[0])
         module.graph.erase_node(node)
         module.recompile()

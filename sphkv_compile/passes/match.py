@@ -51,7 +51,8 @@ def _verdict(marker: Node) -> Verdict:
         verdict.refusal = _keywords(found) or idiom.check(found)
         if verdict.refusal is None:
             key = found.kwargs["k"]
-            verdict.site = replace(idiom.site(found), rope=rope_of(key), angles=angles_of(key))
+            rope = {"rope": rope_of(key), "angles": angles_of(key)}
+            verdict.site = replace(idiom.site(found), stored=key.meta.get("stored"), **rope)
         return verdict
     verdict.refusal = _why(marker)
     return verdict

@@ -3,6 +3,7 @@
 * ``repeat_kv`` (unsqueeze, expand, clone, view) folds into ``enable_gqa``
 * a read of the first n columns folds into ``columns``
 * a mask gets its leading dimensions
+* what a cache says of how it is stored moves from its new keys' ``sphkv.stored`` into their meta, under "stored"
 * default arguments are dropped, dimensions of ``cat`` and ``slice`` counted the same way
 """
 
@@ -27,9 +28,14 @@ def markers(graph: Graph) -> list[Node]:
 def normalize(gm: GraphModule) -> None:
     """Bring every marker and the writes around it into the form that the patterns describe."""
     graph = gm.graph
-    for node in graph.nodes:
+    for node in list(graph.nodes):
         if node.op == "call_function":
             _plain_arguments(node)
+            if node.target is schema.stored:
+                new = node.args[0]
+                new.meta["stored"] = node.args[1]
+                node.replace_all_uses_with(new)
+                graph.erase_node(node)
     for marker in markers(graph):
         marker.args = (*marker.args, None)[: COLUMNS + 1]
         while _fold_repeat(marker) or _fold_columns(marker):

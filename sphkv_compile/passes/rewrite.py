@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 
 import torch
@@ -26,10 +27,7 @@ def rewrite(gm: GraphModule, sites: list[Site], spec: CacheSpec) -> Rewritten:
     index = {node: i for i, node in enumerate(inputs)}
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
     result, last = Rewritten(), inputs[-1]
-    kept = may_drop(spec, [geometry(site) for site in sites])
-    for number, site in enumerate(sites):
-        rope, rotary_dim = site.rope
-        layout = Layout.of(spec, rope, rotary_dim, _packing(spec, site, kept[number]), kept[number])
+    for number, (site, layout) in enumerate(zip(sites, _layouts(sites, spec))):
         fakes = _fake_state(layout, site)
         state = []
         for name, fake in zip(STATE_FIELDS, fakes):
@@ -52,6 +50,21 @@ def rewrite(gm: GraphModule, sites: list[Site], spec: CacheSpec) -> Rewritten:
     graph.lint()
     gm.recompile()
     return result
+
+
+def _layouts(sites: list[Site], spec: CacheSpec) -> list[Layout]:
+    """How each site is stored: as its cache says, else as the options do."""
+    free = [geometry(site) for site in sites if site.stored is None]
+    kept = iter(may_drop(spec, free) if free else ())
+    found = []
+    for site in sites:
+        rope, rotary_dim = site.rope
+        if site.stored is not None:
+            found.append(dataclasses.replace(Layout.parse(site.stored), rope=rope, rotary_dim=rotary_dim))
+        else:
+            drops = next(kept)
+            found.append(Layout.of(spec, rope, rotary_dim, _packing(spec, site, drops), drops))
+    return found
 
 
 def _packing(spec: CacheSpec, site: Site, kept: bool) -> str:

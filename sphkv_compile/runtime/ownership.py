@@ -24,11 +24,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from sphkv_compile.lowering import compat
 from sphkv_compile.ops import schema
 from sphkv_compile.ops.append import append
-from sphkv_compile.ops.pages import with_positions
+from sphkv_compile.ops.pages import holding, with_positions
 from sphkv_compile.ops.read import dense
-from sphkv_compile.runtime.pool import CHANGES, Pool, give_back
+from sphkv_compile.runtime.pool import CHANGES, Pool, arena_bytes, give_back, repeated, unshare
 from sphkv_compile.storage.layout import Layout
-from sphkv_compile.storage.state import BASE, FAULT, FROZEN, LENGTH, SPANS, START, Geometry, empty_state
+from sphkv_compile.storage.state import BASE, FAULT, FROZEN, LENGTH, SPANS, START, Geometry, State, empty_state
 
 LOCK = threading.RLock()
 OVERWRITES = {"zero_"}
@@ -52,7 +52,7 @@ class Owner:
     ):
         self.layout, self.geometry, self.pool, self.handles, self.scale = layout, geometry, pool, handles, scale
         self.state = empty_state(layout, geometry, pool.arena.data)
-        self.holds_codes, self.serial = False, next(_SERIAL)
+        self.holds_codes, self.shares, self.serial = False, False, next(_SERIAL)
         self.k_ref: Any = lambda: None
         self.v_ref: Any = lambda: None
         self.imports = self.exports = self.recoded_tokens = 0
@@ -85,6 +85,15 @@ class Owner:
             found = angles[:, 0].amax(0) / max(1, position)
         if bool(found[0] > 0):
             self.frequencies = found.float()
+
+    def serves(self, layout: Layout) -> bool:
+        """Whether a graph that stores as ``layout`` says may use these codes. The graph may know the rotary embedding
+        where a cache that was filled in eager code does not: what is yet to be learnt goes by it."""
+        if self.layout.stored != layout.stored:
+            return False
+        if self.layout.rope == "none" != layout.rope:
+            self.layout = layout
+        return True
 
     # ---- import: dense -> codes
 
@@ -220,11 +229,48 @@ class Owner:
         weakref.finalize(self, _give_back, self.pool, state.table, state.tiers, self.layout, self.geometry)
         old.table.fill_(-1)  # its pages now belong to the new table
 
+    # ---- rows
+
+    def select(self, rows: Tensor) -> None:
+        """Row i becomes what row ``rows[i]`` was: tables and the exact window move, pages do not. Rows that stem from
+        one row share its pages until one of them is to be written. Shapes: int64[rows]."""
+        old, g = self.state, self.geometry
+        with _plain(), torch.no_grad(), _disable_current_modes(), torch.inference_mode(False):
+            new = old._replace(**{name: getattr(old, name)[rows] for name in old._fields if name != "arena"})
+            twice = repeated(new.table)
+            new.table[twice & ~holding(new, self.layout)] = -1
+            gone = ~torch.isin(old.table, new.table) & (old.table >= 0) & ~repeated(old.table)
+            give_back(old.table[gone], old.tiers[gone], self.layout, g, self.pool.arena)
+            self.shares = bool((twice & (new.table >= 0)).any())
+            self._put(new, g._replace(batch=rows.shape[0]))
+        if self.pool.retention is not None:
+            self.pool.retention.select(self, rows)
+        self.pool.tokens_left = -1  # the next step plans
+
+    def unshare(self) -> None:
+        """Every row its own pages."""
+        if self.shares:
+            self.pool.fit(lambda: unshare(self.state, self.layout, self.geometry, self.pool.arena))
+            self.shares = False
+
+    def _put(self, state: State, geometry: Geometry) -> None:
+        """Another state of the same pool; one of the same shapes where the old one was, for captured graphs."""
+        old, self.geometry = self.state, geometry
+        if geometry.batch == old.rows.shape[0]:
+            for here, now in zip(old[1:], state[1:]):
+                here.copy_(now)
+            return
+        self.state = state
+        old.table.fill_(-1)  # its pages now belong to the new table
+        CHANGES[0] += 1
+        weakref.finalize(self, _give_back, self.pool, state.table, state.tiers, self.layout, geometry)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Owner:
         twin = Owner(self.layout, self.geometry, copy.deepcopy(self.pool, memo), self.handles, self.scale)
         for new, was in zip(twin.state[1:], self.state[1:]):
             new.copy_(was)  # the copied arena has the same pages at the same offsets
         twin.exports, twin.frequencies = 1, self.frequencies  # its tensors are dense until they are imported
+        twin.shares = self.shares
         memo[id(self)] = twin
         return twin
 
@@ -237,7 +283,7 @@ def _fill(t: Tensor, content: Tensor) -> None:
 
 def _give_back(pool: Pool, table: Tensor, tiers: Tensor, layout: Layout, g: Geometry) -> None:
     with _plain(), _disable_current_modes():  # the garbage collector may come by while a graph is being traced
-        there = table >= 0
+        there = (table >= 0) & ~repeated(table)
         give_back(table[there], tiers[there], layout, g, pool.arena)
 
 
@@ -337,6 +383,26 @@ def handles(owner: Owner, k_shape: tuple, v_shape: tuple) -> tuple[Tensor, Tenso
             out.append(t)
     owner.hold(*out)
     return out[0], out[1]
+
+
+def room_for(length: int) -> int:
+    """Columns to allocate for a cache that grows: a power of two, so that growing is rare."""
+    return max(1024, 1 << length.bit_length())
+
+
+def lay_out_anew(owners: list[tuple[Owner, int, bool]]) -> None:
+    """Give owners another capacity, in columns, or let their window roll; their arenas grow with them."""
+    need: dict[int, int] = {}
+    pools = {id(o.pool): o.pool for o, _, _ in owners}
+    for owner, capacity, rolling in owners:
+        wanted = owner.geometry._replace(capacity=capacity, rolling=rolling)
+        extra = arena_bytes(owner.layout, wanted) - arena_bytes(owner.layout, owner.geometry)
+        need[id(owner.pool)] = need.get(id(owner.pool), 0) + max(0, extra)
+    for key, pool in pools.items():
+        pool.resize(pool.arena.nbytes + need[key])
+        pool.tokens_left = -1
+    for owner, capacity, rolling in owners:
+        owner.relayout(capacity, rolling)
 
 
 def exclusive(k: Tensor, v: Tensor) -> bool:

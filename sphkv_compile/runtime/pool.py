@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from sphkv_compile.ops.pages import pages_in_use
+from sphkv_compile.ops.pages import holding, pages_in_use
 from sphkv_compile.runtime.sites import TABLES, counters, stacked, together
 from sphkv_compile.storage.arena import Arena, ArenaFull
 from sphkv_compile.storage.layout import UNIT, Layout
@@ -82,7 +82,10 @@ class Pool:
         if owners:
             check_rows(counters(owners, FROZEN))
         if self.retention is not None:
-            self.retention.plan(self, [owner for owner in owners if owner.layout.kept])
+            kept = [owner for owner in owners if owner.layout.kept]
+            for owner in kept:
+                owner.unshare()  # statistics and tiers are each row's own
+            self.retention.plan(self, kept)
         self.reserve(owners, max(tokens, self.plan_every))
 
     def reserve(self, owners: list[Owner], tokens: int) -> None:
@@ -127,11 +130,11 @@ class Pool:
             there = table >= 0
             for index in range(len(sites.layout.tiers)):
                 here, size = there & (tiers == index), page_bytes(sites.layout, sites.geometry, index)
-                was = table[here].long()
+                was, which = table[here].long().unique(return_inverse=True)  # rows may share a page
                 first, units = arena.take_run(size, was.numel()), torch.arange(size // UNIT, device=was.device)
                 now = first + torch.arange(was.numel(), device=was.device) * (size // UNIT)
                 new[now.unsqueeze(-1) + units] = old[was.unsqueeze(-1) + units]
-                table[here] = now.to(table.dtype)
+                table[here] = now[which].to(table.dtype)
             sites.write_tables()
         if arena.nbytes == self.arena.nbytes:
             self.arena.data.copy_(arena.data)
@@ -182,6 +185,35 @@ def give_back(offsets: Tensor, tiers: Tensor, layout: Layout, g: Geometry, arena
     """Return pages, each of its tier. Shapes: int32[n], uint8[n]."""
     for tier in range(len(layout.tiers)):
         arena.give(offsets[tiers == tier].tolist(), page_bytes(layout, g, tier))
+
+
+def repeated(table: Tensor) -> Tensor:
+    """Places whose page stands in an earlier place too: rows that stem from one row share what it held.
+
+    Shapes: int32[B, H, P] -> bool[B, H, P].
+    """
+    pages, order = table.flatten().sort(stable=True)
+    again = torch.zeros_like(pages, dtype=torch.bool)
+    again[order[1:]] = (pages[1:] == pages[:-1]) & (pages[1:] >= 0)
+    return again.view_as(table)
+
+
+def unshare(state: State, layout: Layout, g: Geometry, arena: Arena) -> None:
+    """A page for every row that holds it, so that what one row writes is not seen by another.
+
+    Raises:
+        ArenaFull: the copies do not fit; what was copied stays, and a second call does the rest.
+    """
+    again, held = repeated(state.table), holding(state, layout)
+    state.table[again & ~held] = -1  # reserved, by more than one
+    units = state.arena.view(-1, UNIT)
+    for tier in range(len(layout.tiers)):
+        here, size = again & held & (state.tiers == tier), page_bytes(layout, g, tier)
+        was = state.table[here].long()
+        now = torch.tensor(arena.take(size, was.numel()), dtype=torch.int64, device=was.device)
+        each = torch.arange(size // UNIT, device=was.device)
+        units[now.unsqueeze(-1) + each] = units[was.unsqueeze(-1) + each]
+        state.table[here] = now.to(state.table.dtype)
 
 
 def missing(state: State, layout: Layout, tokens: int) -> Tensor:

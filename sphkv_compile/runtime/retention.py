@@ -79,6 +79,12 @@ class Retention:
         self._shares.clear()
         self._kappas.clear()
 
+    def select(self, owner: Owner, rows: Tensor) -> None:
+        """Row i of ``owner`` is now what row ``rows[i]`` was. Shapes: int64[rows]."""
+        for known in (self.keeps, self._shares, self._kappas):
+            if owner in known:
+                known[owner] = known[owner][rows]
+
     def plan(self, pool: Pool, owners: list[Owner]) -> None:
         """Bring ``owners`` within the budget, if enough queries were seen since the last time."""
         length = int(counters(owners, LENGTH).max()) if owners else 0

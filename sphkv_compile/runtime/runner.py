@@ -23,8 +23,10 @@ from sphkv_compile.runtime.ownership import (
     exclusive,
     handles,
     heir_of,
+    lay_out_anew,
     owner_of,
     restore,
+    room_for,
 )
 from sphkv_compile.runtime.pool import CHANGES, Pool, arena_bytes
 from sphkv_compile.runtime.retention import Retention
@@ -148,6 +150,8 @@ class Runner:
             memo: dict[int, Any] = {}  # sites that take over copied codes share the copied pool
             owners: list[Any] = [_usable_owner(b, *pair, memo) for b, pair in zip(bindings, pairs)]
             dense = [i for i, owner in enumerate(owners) if owner is None or not owner.holds_codes]
+            coded = [i for i in range(len(owners)) if i not in dense]
+            strange = [i for i in coded if owners[i].layout.kept and owners[i].frequencies is None]
             for i in dense:
                 if not bindings[i].outputs and not exclusive(*pairs[i]):
                     return None
@@ -155,8 +159,8 @@ class Runner:
             self._create(missing, pairs, owners)
             self._make_rolling(owners)
             self._make_room(owners, [k.shape[2] for k, _ in pairs])
-            if dense:
-                self._import(dense, pairs, owners, args)
+            if dense or strange:
+                self._meet(dense, strange, pairs, owners, args)
             return owners
 
     def _create(self, missing: list[int], pairs: list, owners: list) -> None:
@@ -180,25 +184,29 @@ class Runner:
             for o, b in zip(owners, self.rewritten.bindings)
             if b.rolling and not o.geometry.rolling
         ]
-        _relayout(turned)
+        lay_out_anew(turned)
 
     def _make_room(self, owners: list[Owner], lengths: list[int]) -> None:
-        small = [(o, _capacity(n), False) for o, n in zip(owners, lengths) if o.handles and n > o.geometry.capacity]
-        _relayout(small)
+        small = [(o, room_for(n), False) for o, n in zip(owners, lengths) if o.handles and n > o.geometry.capacity]
+        lay_out_anew(small)
 
-    def _import(self, dense: list[int], pairs: list, owners: list[Owner], args: list) -> None:
+    def _meet(self, dense: list[int], strange: list[int], pairs: list, owners: list[Owner], args: list) -> None:
+        """Import what is dense; of all that may drop tokens learn how a token turns, also of what never was dense."""
         with _plain(), torch.no_grad(), _disable_current_modes():
             facts = self.prologue(*args)
-        for i in dense:
+        for i in dense + strange:
             where, mask, angles = facts[3 * i : 3 * i + 3]
             binding, (k, v) = self.rewritten.bindings[i], pairs[i]
             length = (
                 k.shape[2] if where is None else int(where.flatten()[0]) if isinstance(where, Tensor) else int(where)
             )
             first = _first_real(mask, length, k.shape[0], binding)
-            owners[i].take(k, v, length, first)
+            if i in dense:
+                owners[i].take(k, v, length, first)
             if angles is not None and owners[i].layout.kept:
                 owners[i].learn_frequencies(angles, length - min(first or [0]))
+            if i in strange:
+                continue
             if not binding.outputs:
                 owners[i].hold(k, v)
             else:
@@ -234,7 +242,7 @@ def release_others(args: list, lookout: list[int]) -> None:
 def _usable_owner(binding: Binding, k: Tensor, v: Tensor, memo: dict[int, Any]) -> Owner | None:
     """The pair's owner, if it stores as this graph wants; another's codes are decoded first."""
     owner = owner_of(k)
-    if owner is not None and owner.k_ref() is k and owner.v_ref() is v and owner.layout == binding.layout:
+    if owner is not None and owner.k_ref() is k and owner.v_ref() is v and owner.serves(binding.layout):
         return owner
     for t in (k, v):
         if type(t) is Guarded:
@@ -244,27 +252,8 @@ def _usable_owner(binding: Binding, k: Tensor, v: Tensor, memo: dict[int, Any]) 
 
 def _geometry(binding: Binding, k: Tensor, v: Tensor) -> Geometry:
     b, h, length, d = k.shape
-    capacity = _capacity(length) if binding.outputs else length
+    capacity = room_for(length) if binding.outputs else length
     return Geometry(b, h, capacity, d, v.shape[-1], k.dtype, v.dtype, binding.rolling, binding.group)
-
-
-def _capacity(length: int) -> int:
-    """Columns to allocate for a cache that grows: a power of two, so that growing is rare."""
-    return max(1024, 1 << length.bit_length())
-
-
-def _relayout(owners: list[tuple[Owner, int, bool]]) -> None:
-    need: dict[int, int] = {}
-    pools = {id(o.pool): o.pool for o, _, _ in owners}
-    for owner, capacity, rolling in owners:
-        wanted = owner.geometry._replace(capacity=capacity, rolling=rolling)
-        extra = arena_bytes(owner.layout, wanted) - arena_bytes(owner.layout, owner.geometry)
-        need[id(owner.pool)] = need.get(id(owner.pool), 0) + max(0, extra)
-    for key, pool in pools.items():
-        pool.resize(pool.arena.nbytes + need[key])
-        pool.tokens_left = -1
-    for owner, capacity, rolling in owners:
-        owner.relayout(capacity, rolling)
 
 
 def _first_real(mask: Tensor | None, length: int, batch: int, binding: Binding) -> list[int] | None:

@@ -6,7 +6,7 @@ stored, and two graphs share a kernel exactly when their strings agree.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import torch
@@ -92,6 +92,11 @@ class Layout:
     def tiled(self) -> bool:
         """Whether pages are laid out for a GPU's kernels."""
         return self.packing == "tiles"
+
+    @property
+    def stored(self) -> Layout:
+        """What codes are stored by: a rotary embedding only says how the scale of pairs is learnt, once."""
+        return replace(self, rope="none", rotary_dim=0)
 
     @property
     def queries(self) -> int:

@@ -1,0 +1,321 @@
+"""A transformers cache that is codes from its first token on: ``generate(cache=SphericalCache(model.config, bits=4))``.
+
+Its layers do for eager code what the compiler does for a compiled model (:mod:`sphkv_compile.runtime.direct`). Layers
+with a sliding window do not grow, and are transformers' own; a compiled model keeps them as codes too.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from sphkv_compile.ops import schema
+from sphkv_compile.runtime.direct import Book, Log
+from sphkv_compile.spec import CacheSpec
+
+
+class SphericalLayer(CacheLayerMixin):
+    """One layer of a :class:`SphericalCache`, without dense keys and values.
+
+    Args:
+        book: what it shares with the other layers.
+        max_cache_len: its capacity in tokens; None grows.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    cumulative_length: Tensor  # type: ignore[assignment]
+    log: Any  # a Log once the layer is initialised
+
+    def __init__(self, book: Book, max_cache_len: int | None = None):
+        self.book, self.max_cache_len, self.log = book, max_cache_len, None
+        super().__init__()
+        with torch.inference_mode(False):
+            self.cumulative_length = torch.zeros((), dtype=torch.int64)
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        """Whether masks must show the whole capacity: inside a graph. generate() is not to compile on its own accord,
+        with a backend that knows nothing of codes."""
+        return torch.compiler.is_compiling()
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        """A decoded copy of all keys. Shapes: -> [B, H, length, D]; None before the first."""
+        return None if self.log is None else self.log.read()[0]
+
+    @keys.setter
+    def keys(self, value: Any) -> None:
+        _read_only(value)
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        """A decoded copy of all values. Shapes: -> [B, H, length, Dv]; None before the first."""
+        return None if self.log is None else self.log.read()[1]
+
+    @values.setter
+    def values(self, value: Any) -> None:
+        _read_only(value)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Shapes: [B, H, any, D], [B, H, any, Dv].
+
+        Raises:
+            ValueError: the budget is too small, with the least possible one.
+        """
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "sphkv: a SphericalCache met a compiled model before it held a token. Prefill in eager code, or call "
+                "cache.early_initialization(batch_size, num_heads, head_dim, dtype, device) first"
+            )
+        self.device, self.dtype = key_states.device, key_states.dtype
+        with torch.inference_mode(False):
+            self.cumulative_length = self.cumulative_length.to(self.device)
+            torch._dynamo.mark_static_address(self.cumulative_length)
+            self.log = Log(self.book, key_states, value_states, self.max_cache_len, self.cumulative_length)
+        self._lay()
+        self.is_initialized = True
+
+    def _lay(self) -> None:
+        """What a compiled graph reads."""
+        self.batch_size, self.num_heads = self.log.owner.geometry[:2]
+        self.k_slot, self.v_slot = self.log.slots
+        self.stored = str(self.log.owner.layout.stored)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """New tokens; what stands for all keys and values with them.
+
+        Shapes: [B, H, T, D], [B, H, T, Dv] -> [B, H, length, D], [B, H, length, Dv].
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if not torch.compiler.is_compiling():
+            views = self.log.update(key_states, value_states)
+            self._lay()
+            return views
+        if self.max_cache_len is None:
+            raise RuntimeError(
+                "sphkv: a compiled model needs a SphericalCache of fixed capacity: give it max_cache_len, in tokens"
+            )
+        # as transformers' StaticLayer writes, which is what the compiler looks for
+        at = torch.arange(key_states.shape[2], device=key_states.device) + self.cumulative_length
+        self.cumulative_length.add_(key_states.shape[2])
+        self.k_slot.index_copy_(2, at, schema.stored(key_states, self.stored))
+        self.v_slot.index_copy_(2, at, value_states)
+        return self.k_slot, self.v_slot
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns of the mask, and the first one's position."""
+        if torch.compiler.is_compiling():
+            return self.max_cache_len or 0, 0
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> Any:
+        """Tokens held: an int, inside a graph a tensor."""
+        if not self.is_initialized:
+            return 0
+        return self.cumulative_length if torch.compiler.is_compiling() else self.book.length
+
+    def get_max_length(self) -> int:
+        """Tokens that there is room for; -1 where it grows."""
+        return -1 if self.max_cache_len is None else self.max_cache_len
+
+    get_max_cache_shape = get_max_length  # transformers before 5.20
+
+    def reset(self) -> None:
+        """Begin anew with the same shapes and budget."""
+        if self.log is not None:
+            self.log.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens: exact inside the window; behind it a span that is cut is decoded.
+
+        Args:
+            tokens_to_remove: their number, negative, as transformers has it.
+
+        Raises:
+            ValueError: a positive number, or more than there are.
+            RuntimeError: under a budget, behind the window.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}): expected the tokens to remove, negative: crop({-tokens_to_remove})"
+            )
+        if self.log is not None and tokens_to_remove:
+            self.log.crop(-tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row ``beam_idx[i]`` was; pages stay where they are. Shapes: int64[B]."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows, in this order. Shapes: int64[rows], or bool[B]."""
+        if self.log is not None:
+            self.log.select(torch.as_tensor(indices))
+            self._lay()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row ``repeats`` times; they share its pages."""
+        if self.log is not None:
+            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def offload(self) -> None:
+        """Raises: NotImplementedError: codes stay on their device."""
+        raise NotImplementedError(
+            "sphkv: a SphericalCache stays on its device; for less memory there give fewer bits, or a budget"
+        )
+
+    prefetch = offload
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SphericalLayer:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        own = {"log", "k_slot", "v_slot", "book", "cumulative_length"}
+        twin.__dict__.update({name: value for name, value in self.__dict__.items() if name not in own})
+        twin.book, twin.log = copy.deepcopy(self.book, memo), copy.deepcopy(self.log, memo)
+        if twin.log is None:
+            twin.cumulative_length = copy.deepcopy(self.cumulative_length, memo)
+        else:
+            twin.cumulative_length = twin.log.length
+            twin._lay()
+        return twin
+
+
+def _read_only(value: Any) -> None:
+    if value is not None:
+        raise AttributeError("a SphericalCache is written by update(); its keys and values are decoded copies")
+
+
+class SlidingLayer(StaticSlidingWindowLayer):
+    """transformers' layer, which says to a compiled graph how its cache wants it stored."""
+
+    book: Book
+    stored: str
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As transformers' own."""
+        if torch.compiler.is_compiling() and self.is_initialized:
+            key_states = schema.stored(key_states, self.stored)
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Shapes: [B, H, any, D], [B, H, any, Dv]."""
+        super().lazy_initialization(key_states, value_states)
+        layout = self.book.layout(key_states.shape[3], value_states.shape[3], key_states.device, False)
+        self.stored = str(layout)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """As transformers' growing layers do. Shapes: int64[rows], or bool[B]."""
+        if self.is_initialized:
+            self.keys, self.values = (x[indices, ...] for x in (self.keys, self.values))  # type: ignore[index]
+            self.batch_size = self.keys.shape[0]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """As transformers' growing layers do."""
+        if self.is_initialized:
+            self.batch_select_indices(torch.arange(self.batch_size, device=self.device).repeat_interleave(repeats))
+
+
+class SphericalCache(Cache):
+    """A cache of spherical codes for any decoder of transformers.
+
+    Args:
+        config: the model's.
+        max_cache_len: capacity in tokens. Without it the cache grows as it is used, in eager code; a compiled model and
+            a budget need it.
+        spec: fields of :class:`sphkv_compile.CacheSpec`: ``bits=4`` or ``budget="512MiB"``, ...
+
+    Raises:
+        TypeError: an unknown field; ValueError: a value out of range, a budget without ``max_cache_len``, or the
+            configuration of an encoder-decoder.
+    """
+
+    def __init__(self, config: Any, max_cache_len: int | None = None, **spec: Any):
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"{type(config).__name__} is an encoder-decoder, whose cross-attention reads a cache that no decoder "
+                "step writes; expected the configuration of a decoder. Use transformers' EncoderDecoderCache"
+            )
+        like = (
+            DynamicCache(config=config) if max_cache_len is None else StaticCache(config, max_cache_len=max_cache_len)
+        )
+        adopt(like, config, **spec)
+        super().__init__(layers=like.layers)
+        self.spec = CacheSpec.from_options(spec)
+
+
+def adopt(cache: Cache, config: Any = None, **spec: Any) -> Cache:
+    """Make ``cache`` hold codes from here on; what it holds already is encoded.
+
+    Args:
+        cache: a StaticCache, or a DynamicCache that was made with a config or has been used.
+        config: the model's; a budget needs it, for the number of query heads.
+        spec: as of :class:`SphericalCache`.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError, ValueError: as of :class:`SphericalCache`; or a layer that is none of transformers' static and
+            dynamic ones: nothing has changed.
+    """
+    wanted = CacheSpec.from_options(spec)
+    known = (StaticLayer, DynamicLayer, StaticSlidingWindowLayer, DynamicSlidingWindowLayer)
+    others = [type(layer).__name__ for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
+    others = [name for name in others if name not in {k.__name__ for k in known}]
+    if others or not cache.layers or getattr(cache, "offloading", False):
+        what = "offloaded layers" if not others and cache.layers else ", ".join(sorted(set(others))) or "no layers yet"
+        raise ValueError(
+            f"{type(cache).__name__} has {what}; expected StaticLayer, DynamicLayer or their sliding windows, on their "
+            "device: StaticCache(config, max_cache_len=...) or DynamicCache(config=config)"
+        )
+    full = [i for i, layer in enumerate(cache.layers) if type(layer) in (StaticLayer, DynamicLayer)]
+    if wanted.budget is not None and any(type(cache.layers[i]) is DynamicLayer for i in full):
+        raise ValueError(
+            f"budget={wanted.budget!r} for a cache that grows without limit; expected max_cache_len, its capacity in "
+            "tokens, or bits instead"
+        )
+    book = Book(wanted, len(full), _group(config))
+    for i, layer in enumerate(cache.layers):
+        if i in full:
+            cache.layers[i] = _spherical(book, layer)
+        elif type(layer) is StaticSlidingWindowLayer:
+            _sliding(book, layer)
+    return cache
+
+
+def _group(config: Any) -> int:
+    """Query heads of a kv head."""
+    if config is None:
+        return 1
+    text = config.get_text_config(decoder=True)
+    heads = text.num_attention_heads
+    return heads // (getattr(text, "num_key_value_heads", None) or heads)
+
+
+def _sliding(book: Book, layer: Any) -> None:
+    layer.__class__, layer.book = SlidingLayer, book
+    if layer.is_initialized:
+        layer.stored = str(book.layout(layer.k_head_dim, layer.v_head_dim, layer.device, False))
+
+
+def _spherical(book: Book, layer: Any) -> SphericalLayer:
+    new = SphericalLayer(book, getattr(layer, "max_cache_len", None))
+    if layer.is_initialized:
+        new.lazy_initialization(layer.keys, layer.values)
+        if length := int(layer.get_seq_length()):
+            new.update(layer.keys[:, :, :length], layer.values[:, :, :length])
+            new.log.settle()
+    return new

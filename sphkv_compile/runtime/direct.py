@@ -1,0 +1,425 @@
+"""A cache that is born as codes: no dense tensor of it ever exists, and eager code attends to the codes themselves.
+
+Its layers hand a model *views*: tensors without data that stand for all keys or values. A scaled-dot-product attention
+over two of them runs straight from the codes, as a compiled graph would; anything else that is done with one works on
+decoded values. A compiled graph meets tensors that have an owner, as with any other cache that is held as codes.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sphkv_compile.ops import schema
+from sphkv_compile.ops.append import append
+from sphkv_compile.ops.check import check_kernels
+from sphkv_compile.ops.decode import packing
+from sphkv_compile.ops.read import dense
+from sphkv_compile.runtime.budget import resolve
+from sphkv_compile.runtime.ownership import Owner, handles, lay_out_anew, room_for
+from sphkv_compile.runtime.pool import Pool, arena_bytes
+from sphkv_compile.runtime.retention import Retention
+from sphkv_compile.spec import CacheSpec
+from sphkv_compile.storage.layout import UNIT, Layout
+from sphkv_compile.storage.state import SPANS, START, Geometry
+
+_plain = torch._C.DisableTorchFunctionSubclass
+
+
+class Book:
+    """What the layers of one cache share: how they are stored, a pool on each device, and the steps they take together.
+
+    Args:
+        spec: of the whole cache.
+        sites: layers that will open in it.
+        group: query heads of a kv head.
+    """
+
+    def __init__(self, spec: CacheSpec, sites: int, group: int = 1):
+        self.spec, self.sites, self.group = spec, sites, group
+        self.pools: dict[torch.device, Pool] = {}
+        self.logs: list[Log] = []
+        self.first = self.tokens = 0
+        self.running: list[Log] = []
+
+    # ---- layers
+
+    def layout(self, k_dim: int, v_dim: int, device: torch.device, kept: bool) -> Layout:
+        """How a layer of such heads is stored. The rotary embedding is not known before a graph is seen."""
+        return Layout.of(self.spec, packing=packing(self.spec, k_dim, v_dim, device, kept), kept=kept)
+
+    def owner(self, k: Tensor, v: Tensor, capacity: int) -> Owner:
+        """The codes of one more layer.
+
+        Shapes: ``k`` [B, H, any, D], ``v`` [B, H, any, Dv]: what they hold does not matter.
+
+        Raises:
+            ValueError: the budget is too small, or this layer is not like the others that share it.
+        """
+        rows, heads = k.shape[:2]
+        geometry = Geometry(rows, heads, capacity, k.shape[3], v.shape[3], k.dtype, v.dtype, False, self.group)
+        if not self.logs:
+            self.spec = resolve(self.spec, [geometry] * self.sites)
+        elif self.spec.chooses and (geometry != self.logs[0].owner.geometry or k.device not in self.pools):
+            raise ValueError(
+                f"budget={self.spec.budget!r} is shared by layers of one shape on one device; this one is "
+                f"{tuple(k.shape[:2])} x {k.shape[3]} on {k.device}, the first {self.logs[0].owner.geometry}. "
+                "Give bits instead"
+            )
+        layout = self.layout(k.shape[3], v.shape[3], k.device, self.spec.chooses)
+        if k.device not in self.pools:
+            retention = Retention.of(self.spec) if self.spec.chooses else None
+            nbytes = UNIT if retention else arena_bytes(layout, geometry) * self.sites
+            self.pools[k.device] = Pool(nbytes, self.spec.plan_every, k.device, retention)
+        check_kernels(layout, geometry, geometry.heads * self.group, k.device)
+        return Owner(layout, geometry, self.pools[k.device])
+
+    # ---- steps
+
+    @property
+    def length(self) -> int:
+        """Tokens that all layers hold. Those of a step that was interrupted half-way do not count: the next step
+        overwrites them."""
+        counts = [log.length for log in self.logs]
+        return int(torch.stack([c.to(counts[0].device) for c in counts]).min()) if counts else 0
+
+    def begin(self, log: Log, tokens: int) -> int:
+        """``log`` gets ``tokens`` more: where the first of them goes."""
+        if not self.running or log in self.running:
+            for other in self.logs:
+                other.settle()
+            self.running = []
+            self.first, self.tokens = self.length, tokens
+            for pool in self.pools.values():
+                pool.step(tokens)
+        self.running.append(log)
+        return self.first
+
+    def end(self) -> None:
+        """A layer has taken its tokens in. After the last one, many tokens are brought within the budget."""
+        if len(self.running) < self.sites or any(log.new is not None for log in self.running):
+            return
+        self.running = []
+        for pool in self.pools.values():
+            pool.settle(self.tokens)
+
+
+class Log:
+    """One layer's codes, and the tokens that its attention has not read yet.
+
+    Args:
+        capacity: in tokens; None grows.
+
+    ``slots``: what a compiled graph takes for the dense keys and values. ``length``: int64[], tokens held.
+    """
+
+    def __init__(self, book: Book, k: Tensor, v: Tensor, capacity: int | None, length: Tensor):
+        self.book, self.capacity, self.length = book, capacity, length
+        self.owner = book.owner(k, v, capacity or room_for(0))
+        self.slots = self._slots()
+        self.new: New | None = None
+        self.planned = False  # whether a plan has seen this layer as it is laid out
+        book.logs.append(self)
+
+    @torch.inference_mode(False)
+    def _slots(self) -> tuple[Tensor, Tensor]:
+        g = self.owner.geometry
+        lead = g.batch, g.heads, g.capacity
+        return handles(self.owner, (*lead, g.k_dim), (*lead, g.v_dim))
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """New tokens; views of all keys and values with them. Shapes: [B, H, T, D], [B, H, T, Dv].
+
+        Raises:
+            IndexError: more tokens than the cache has room for; nothing was written.
+            ValueError: another batch or other heads than before.
+        """
+        owner, g = self.owner, self.owner.geometry
+        if k.shape[:2] != (g.batch, g.heads) or k.shape[3] != g.k_dim or v.shape[3] != g.v_dim:
+            raise ValueError(
+                f"sphkv: keys {tuple(k.shape)} and values {tuple(v.shape)} for a cache of {g.batch} rows, {g.heads} kv "
+                f"heads and head_dim {g.k_dim} / {g.v_dim}; cache.reset() keeps these, a new cache has none yet"
+            )
+        tokens = k.shape[2]
+        first = self.book.begin(self, tokens)
+        if self.capacity is not None and first + tokens > self.capacity:
+            self.book.running = []
+            raise IndexError(
+                f"sphkv: {tokens} tokens behind {first} exceed the cache's max_cache_len={self.capacity}; nothing was "
+                f"written. Give max_cache_len={first + tokens} or more, or none, and it grows"
+            )
+        self.hold()
+        if first + tokens > owner.geometry.capacity:
+            lay_out_anew([(owner, room_for(first + tokens), False)])
+            self.slots, self.planned = self._slots(), False
+        if not self.planned:
+            owner.pool.reserve([owner], max(tokens, owner.pool.plan_every))
+            self.planned = True
+        self.new = New(self, k, v, first)
+        return self.new.views()
+
+    def hold(self) -> None:
+        """Take the data back, if a graph that left the attention dense has it."""
+        if not self.owner.holds_codes:
+            k, v = self.slots
+            with _plain():
+                self.owner.take(k, v, int(self.length), None)
+            self.owner.hold(k, v)
+
+    def settle(self) -> None:
+        """Take in what no attention has asked for."""
+        if self.new is not None:
+            self.new.enter(None, None)
+
+    # ---- what a cache can be asked to do
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """All keys and values, decoded. Shapes: -> [B, H, length, D], [B, H, length, Dv].
+
+        Raises:
+            RuntimeError: tokens were dropped, which no dense tensor can say.
+        """
+        self.settle()
+        self.hold()
+        return self.decoded(int(self.length))
+
+    def decoded(self, columns: int) -> tuple[Tensor, Tensor]:
+        """As :meth:`read`, of so many columns."""
+        if gone := self.owner.dropped:
+            raise RuntimeError(
+                f"sphkv: {gone:,} tokens (over rows and kv heads) were dropped to fit the budget, so keys and values "
+                "cannot be read as dense tensors; attention has to be torch's scaled_dot_product_attention "
+                "(attn_implementation='sdpa')"
+            )
+        with _plain(), torch.no_grad():
+            return dense(self.owner.state, self.owner.layout, columns)
+
+    def reset(self) -> None:
+        """Begin anew; shapes, budget and pages stay."""
+        self.new, self.book.running = None, []
+        self.hold()
+        self.owner.unshare()
+        self.owner._forget()
+        self.length.zero_()
+        if self.owner.pool.retention is not None:
+            self.owner.pool.retention.begin()
+        self.owner.pool.queries = 0
+
+    def crop(self, count: int) -> None:
+        """Forget the newest ``count`` tokens. Of those behind the exact window, the rest of a span that is cut is
+        decoded, and coded again later.
+
+        Raises:
+            ValueError: more than there are.
+            RuntimeError: the window does not reach back so far, and the budget has let go of tokens there.
+        """
+        self.settle()
+        self.hold()
+        length, layout = int(self.length), self.owner.layout
+        if count > length:
+            raise ValueError(f"sphkv: crop of {count} tokens from a cache of {length}")
+        rows = self.owner.state.rows
+        coded = rows[:, START].clamp(min=0) + layout.sink + rows[:, SPANS] * layout.span
+        behind = bool(((rows[:, SPANS] > 0) & (coded > length - count)).any())
+        if behind and layout.kept:
+            exact = length - int(coded.max())
+            raise RuntimeError(
+                f"sphkv: crop of {count} tokens reaches behind the {exact} newest, which are exact; those before them "
+                f"share a budget, and what it let go cannot come back. Crop {exact} or less, or reset()"
+            )
+        if behind:
+            self.owner.unshare()
+        self.length.fill_(length - count)
+
+    def select(self, rows: Tensor) -> None:
+        """Row i becomes what row ``rows[i]`` was. Shapes: int64[rows].
+
+        Raises:
+            IndexError: no such row; nothing has changed.
+        """
+        self.settle()
+        self.hold()
+        g = self.owner.geometry
+        rows = torch.arange(g.batch)[rows.cpu()].to(self.owner.state.rows.device)  # also what is boolean or negative
+        self.owner.select(rows)
+        if rows.shape[0] != g.batch:
+            self.slots = self._slots()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Log:
+        self.settle()
+        self.hold()
+        twin = Log.__new__(Log)
+        memo[id(self)] = twin
+        twin.book, twin.capacity, twin.new = copy.deepcopy(self.book, memo), self.capacity, None
+        twin.planned = self.planned
+        twin.length = copy.deepcopy(self.length, memo)
+        twin.owner = copy.deepcopy(self.owner, memo)
+        twin.slots = twin._slots()
+        return twin
+
+
+class New:
+    """Tokens between a layer's update and its attention: exact there, and taken in right after.
+
+    Shapes: ``k`` [B, H, T, D], ``v`` [B, H, T, Dv], from position ``first`` on.
+    """
+
+    def __init__(self, log: Log, k: Tensor, v: Tensor, first: int):
+        self.log, self.k, self.v, self.first = log, k, v, first
+        self.columns = first + k.shape[2]
+
+    def views(self) -> tuple[Tensor, Tensor]:
+        """Shapes: -> [B, H, columns, D], [B, H, columns, Dv]."""
+        return tuple(  # type: ignore[return-value]
+            View.of(self, side, (*x.shape[:2], self.columns, x.shape[3])) for side, x in (("k", self.k), ("v", self.v))
+        )
+
+    def attend(self, q: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor | None:
+        """Attention from the codes; None where it is none that they serve.
+
+        Shapes: ``q`` [B, HQ, T, D], or [B, H, HQ / H, D] of one token; ``mask`` as torch broadcasts it -> as ``q``, of
+        Dv.
+        """
+        h, tokens = self.k.shape[1:3]
+        if mask is not None:
+            mask = mask[(None,) * (4 - mask.dim())] if mask.dim() < 4 else mask
+        packed = tokens == 1 and q.shape[1] == h and q.shape[2] > 1 and not is_causal
+        shape = q.shape
+        if packed:  # a query head for each token
+            q = q.reshape(q.shape[0], -1, 1, q.shape[3])
+            if mask is not None and max(mask.shape[1:3]) > 1:
+                mask = mask.expand(-1, *shape[1:3], -1).reshape(mask.shape[0], -1, 1, mask.shape[3])
+        if q.dim() != 4 or q.shape[2] != tokens or q.shape[1] % h:
+            return None
+        out = self._attend(q, mask, is_causal, scale)
+        self.enter(q, mask)
+        return out.reshape(*shape[:3], out.shape[3])
+
+    def _attend(self, q: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
+        owner = self.log.owner
+        if owner.scale is None:
+            owner.scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
+        with _plain():
+            return schema.attend(
+                *owner.state, q, self.k, self.v, None, self.first, self.columns, mask, is_causal, scale,
+                str(owner.layout), False,
+            )  # fmt: skip
+
+    def enter(self, q: Tensor | None, mask: Tensor | None) -> None:
+        """Into the window, once; what leaves it is encoded."""
+        log = self.log
+        if log.new is not self:
+            return
+        log.new = None
+        owner = log.owner
+        with _plain(), torch.no_grad():
+            if q is None:
+                start = [max(self.first, 0)] * self.k.shape[0]
+                append(owner.state, owner.layout, None, self.k, self.v, self.first, start)
+            else:
+                tail = None, self.first, mask, str(owner.layout), False
+                schema.append(*owner.state, q, self.k, self.v, *tail)
+        log.length.fill_(self.columns)
+        log.book.end()
+
+    def decoded(self, side: str) -> Tensor:
+        """All keys or values, the new ones exact. Shapes: -> [B, H, columns, D or Dv]."""
+        self.enter(None, None)
+        k, v = self.log.decoded(self.columns)
+        out, new = (k, self.k) if side == "k" else (v, self.v)
+        out[:, :, self.first :] = new
+        return out
+
+
+class View(Tensor):
+    """All keys or values of a layer, as a model's attention is given them: a shape, and where the codes are.
+
+    What transformers' dispatch does to keys and values before attention, to repeat heads, gives a view again; any other
+    use decodes.
+    """
+
+    tokens: New
+    side: str
+
+    @staticmethod
+    @torch.inference_mode(False)
+    def of(new: New, side: str, shape: tuple[int, ...]) -> View:
+        """A view of such a shape."""
+        x = new.k if side == "k" else new.v
+        nothing = torch.full((), math.nan, dtype=x.dtype, device=x.device)  # to code that looks past the subclass
+        view = nothing.expand(shape).as_subclass(View)
+        view.tokens, view.side = new, side
+        return view
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            out = _attention(*args, **kwargs)
+            if out is not None:
+                return out
+        elif args and isinstance(args[0], View) and (out := _viewed(func, *args, **kwargs)) is not None:
+            return out
+        args, kwargs = (torch.utils._pytree.tree_map_only(View, _decoded, x) for x in (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    if not isinstance(key, View) or not isinstance(value, View) or key.tokens is not value.tokens or dropout_p:
+        return None
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key.tokens.k, value.tokens.v)):
+        raise RuntimeError(
+            "sphkv: autograd is on, and codes are for inference; use torch.no_grad() or torch.inference_mode()"
+        )
+    return key.tokens.attend(query, attn_mask, is_causal, scale) if (key.side, value.side) == ("k", "v") else None
+
+
+_ALL = slice(None)
+_SAME = {Tensor.contiguous, Tensor.detach}
+_METADATA = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "device", "dtype", "layout", "ndim", "requires_grad")),
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__,
+}  # fmt: skip
+
+
+def _viewed(func: Any, x: View, *args: Any, **kwargs: Any) -> Any:
+    """What ``func`` makes of a view without its data; None if it needs them."""
+    with _plain():
+        if func in _METADATA:
+            return func(x, *args, **kwargs)
+        shape = x.shape
+    if func in _SAME and not args and not kwargs:
+        return x
+    if func is Tensor.__getitem__ and len(shape) == 4 and args[0] == (_ALL, _ALL, None, _ALL, _ALL):
+        return View.of(x.tokens, x.side, (*shape[:2], 1, *shape[2:]))
+    heads = x.tokens.k.shape[1]
+    if func is Tensor.expand and len(shape) == 5 and tuple(args[:2]) == shape[:2] and tuple(args[3:]) == shape[3:]:
+        return View.of(x.tokens, x.side, args)
+    if func is Tensor.reshape and len(shape) == 5 and args == (shape[0], heads * shape[2], *shape[3:]):
+        return View.of(x.tokens, x.side, args)
+    return None
+
+
+def _decoded(x: View) -> Tensor:
+    """What a view stands for."""
+    with _plain():
+        shape = x.shape
+    out = x.tokens.decoded(x.side)
+    if len(shape) == 5:
+        return out.unsqueeze(2).expand(shape)
+    group = shape[1] // out.shape[1]
+    return out if group == 1 else out.repeat_interleave(group, 1)
