@@ -14,6 +14,7 @@ from rich.text import Text
 from sphkv_compile.ops.pages import with_positions
 from sphkv_compile.runtime.certificate import LIMIT, Certificate, certificate
 from sphkv_compile.runtime.ownership import Owner, owner_of
+from sphkv_compile.runtime.pool import repeated
 from sphkv_compile.spec import human
 from sphkv_compile.storage.layout import Layout
 from sphkv_compile.storage.state import BASE, LENGTH, SPANS, START
@@ -190,7 +191,8 @@ def _site(owner: Owner) -> SiteReport:
     keeps = owner.pool.retention.keeps.get(owner) if owner.pool.retention else None
     sizes = [layout.page_bytes(t, g.k_dim, g.v_dim, g.itemsize) for t in layout.tiers]
     extra = [layout.fields(t, g.k_dim, g.v_dim, g.itemsize).metadata * layout.page for t in layout.tiers]
-    used = [int(((state.table >= 0) & (state.tiers == i)).sum()) for i in range(len(sizes))]
+    there = (state.table >= 0) & ~repeated(state.table)
+    used = [int((there & (state.tiers == i)).sum()) for i in range(len(sizes))]
     return SiteReport(
         owner.holds_codes,
         "/".join(map(str, layout.tiers)),

@@ -7,6 +7,7 @@ with a sliding window do not grow, and are transformers' own; a compiled model k
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from sphkv_compile.integrations import saved
 from sphkv_compile.ops import schema
 from sphkv_compile.runtime.direct import Book, Log
+from sphkv_compile.runtime.ownership import Owner, handles
 from sphkv_compile.spec import CacheSpec
 
 
@@ -80,11 +83,15 @@ class SphericalLayer(CacheLayerMixin):
                 "sphkv: a SphericalCache met a compiled model before it held a token. Prefill in eager code, or call "
                 "cache.early_initialization(batch_size, num_heads, head_dim, dtype, device) first"
             )
-        self.device, self.dtype = key_states.device, key_states.dtype
+        self.restore(self.book.owner(key_states, value_states, self.max_cache_len), 0)
+
+    def restore(self, owner: Owner, length: int) -> None:
+        """Go on with codes that hold ``length`` tokens."""
+        self.device, self.dtype = owner.state.table.device, owner.geometry.k_dtype
         with torch.inference_mode(False):
-            self.cumulative_length = self.cumulative_length.to(self.device)
-            torch._dynamo.mark_static_address(self.cumulative_length)
-            self.log = Log(self.book, key_states, value_states, self.max_cache_len, self.cumulative_length)
+            self.cumulative_length = torch.full((), length, dtype=torch.int64, device=self.device)
+        torch._dynamo.mark_static_address(self.cumulative_length)
+        self.log = Log(self.book, owner, self.max_cache_len, self.cumulative_length)
         self._lay()
         self.is_initialized = True
 
@@ -216,6 +223,15 @@ class SlidingLayer(StaticSlidingWindowLayer):
         layout = self.book.layout(key_states.shape[3], value_states.shape[3], key_states.device, False)
         self.stored = str(layout)
 
+    @torch.inference_mode(False)
+    def restore(self, owner: Owner) -> None:
+        """Go on with codes."""
+        g = owner.geometry
+        lead = g.batch, g.heads, g.capacity
+        like = torch.empty(*lead[:2], 0, g.k_dim, dtype=g.k_dtype), torch.empty(*lead[:2], 0, g.v_dim, dtype=g.v_dtype)
+        self.lazy_initialization(*(x.to(owner.state.table.device) for x in like))
+        self.keys, self.values = handles(owner, (*lead, g.k_dim), (*lead, g.v_dim))
+
     def batch_select_indices(self, indices: Tensor) -> None:
         """As transformers' growing layers do. Shapes: int64[rows], or bool[B]."""
         if self.is_initialized:
@@ -248,12 +264,26 @@ class SphericalCache(Cache):
                 f"{type(config).__name__} is an encoder-decoder, whose cross-attention reads a cache that no decoder "
                 "step writes; expected the configuration of a decoder. Use transformers' EncoderDecoderCache"
             )
-        like = (
-            DynamicCache(config=config) if max_cache_len is None else StaticCache(config, max_cache_len=max_cache_len)
-        )
-        adopt(like, config, **spec)
+        like: Cache = DynamicCache(config=config)
+        if max_cache_len is not None:
+            like = StaticCache(config, max_cache_len=max_cache_len)
+        self.book, self.max_cache_len = _adopt(like, config, spec), max_cache_len
         super().__init__(layers=like.layers)
-        self.spec = CacheSpec.from_options(spec)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write all of it to a safetensors file, from which a model goes on as if nothing had happened.
+
+        Raises: as :func:`sphkv_compile.integrations.saved.save`.
+        """
+        saved.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, config: Any, device: torch.device | str = "cpu") -> SphericalCache:
+        """What :meth:`save` wrote, for a model of this configuration.
+
+        Raises: as :func:`sphkv_compile.integrations.saved.load`.
+        """
+        return saved.load(cls, path, config, device)
 
 
 def adopt(cache: Cache, config: Any = None, **spec: Any) -> Cache:
@@ -271,6 +301,11 @@ def adopt(cache: Cache, config: Any = None, **spec: Any) -> Cache:
         TypeError, ValueError: as of :class:`SphericalCache`; or a layer that is none of transformers' static and
             dynamic ones: nothing has changed.
     """
+    _adopt(cache, config, spec)
+    return cache
+
+
+def _adopt(cache: Cache, config: Any, spec: dict[str, Any]) -> Book:
     wanted = CacheSpec.from_options(spec)
     known = (StaticLayer, DynamicLayer, StaticSlidingWindowLayer, DynamicSlidingWindowLayer)
     others = [type(layer).__name__ for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
@@ -293,7 +328,7 @@ def adopt(cache: Cache, config: Any = None, **spec: Any) -> Cache:
             cache.layers[i] = _spherical(book, layer)
         elif type(layer) is StaticSlidingWindowLayer:
             _sliding(book, layer)
-    return cache
+    return book
 
 
 def _group(config: Any) -> int:

@@ -53,8 +53,8 @@ class Book:
         """How a layer of such heads is stored. The rotary embedding is not known before a graph is seen."""
         return Layout.of(self.spec, packing=packing(self.spec, k_dim, v_dim, device, kept), kept=kept)
 
-    def owner(self, k: Tensor, v: Tensor, capacity: int) -> Owner:
-        """The codes of one more layer.
+    def owner(self, k: Tensor, v: Tensor, capacity: int | None) -> Owner:
+        """The codes of one more layer, with room for ``capacity`` tokens; None grows.
 
         Shapes: ``k`` [B, H, any, D], ``v`` [B, H, any, Dv]: what they hold does not matter.
 
@@ -62,7 +62,8 @@ class Book:
             ValueError: the budget is too small, or this layer is not like the others that share it.
         """
         rows, heads = k.shape[:2]
-        geometry = Geometry(rows, heads, capacity, k.shape[3], v.shape[3], k.dtype, v.dtype, False, self.group)
+        room = capacity or room_for(0)
+        geometry = Geometry(rows, heads, room, k.shape[3], v.shape[3], k.dtype, v.dtype, False, self.group)
         if not self.logs:
             self.spec = resolve(self.spec, [geometry] * self.sites)
         elif self.spec.chooses and (geometry != self.logs[0].owner.geometry or k.device not in self.pools):
@@ -72,12 +73,16 @@ class Book:
                 "Give bits instead"
             )
         layout = self.layout(k.shape[3], v.shape[3], k.device, self.spec.chooses)
-        if k.device not in self.pools:
+        check_kernels(layout, geometry, geometry.heads * self.group, k.device)
+        return Owner(layout, geometry, self.pool(layout, geometry, k.device))
+
+    def pool(self, layout: Layout, geometry: Geometry, device: torch.device) -> Pool:
+        """Where such layers on ``device`` have their pages; the first one makes room for all that are to come."""
+        if device not in self.pools:
             retention = Retention.of(self.spec) if self.spec.chooses else None
             nbytes = UNIT if retention else arena_bytes(layout, geometry) * self.sites
-            self.pools[k.device] = Pool(nbytes, self.spec.plan_every, k.device, retention)
-        check_kernels(layout, geometry, geometry.heads * self.group, k.device)
-        return Owner(layout, geometry, self.pools[k.device])
+            self.pools[device] = Pool(nbytes, self.spec.plan_every, device, retention)
+        return self.pools[device]
 
     # ---- steps
 
@@ -118,9 +123,8 @@ class Log:
     ``slots``: what a compiled graph takes for the dense keys and values. ``length``: int64[], tokens held.
     """
 
-    def __init__(self, book: Book, k: Tensor, v: Tensor, capacity: int | None, length: Tensor):
-        self.book, self.capacity, self.length = book, capacity, length
-        self.owner = book.owner(k, v, capacity or room_for(0))
+    def __init__(self, book: Book, owner: Owner, capacity: int | None, length: Tensor):
+        self.book, self.owner, self.capacity, self.length = book, owner, capacity, length
         self.slots = self._slots()
         self.new: New | None = None
         self.planned = False  # whether a plan has seen this layer as it is laid out

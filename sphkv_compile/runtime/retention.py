@@ -79,11 +79,21 @@ class Retention:
         self._shares.clear()
         self._kappas.clear()
 
+    def known(self, owner: Owner) -> dict[str, Tensor]:
+        """What was learnt of the owner's heads. Shapes: [B, H] each."""
+        return {name: what[owner] for name, what in self._learnt().items() if owner in what}
+
+    def learn(self, owner: Owner, known: dict[str, Tensor]) -> None:
+        """The inverse of :meth:`known`."""
+        for name, value in known.items():
+            self._learnt()[name][owner] = value
+
+    def _learnt(self) -> dict[str, weakref.WeakKeyDictionary[Owner, Tensor]]:
+        return {"keeps": self.keeps, "shares": self._shares, "kappas": self._kappas}
+
     def select(self, owner: Owner, rows: Tensor) -> None:
         """Row i of ``owner`` is now what row ``rows[i]`` was. Shapes: int64[rows]."""
-        for known in (self.keeps, self._shares, self._kappas):
-            if owner in known:
-                known[owner] = known[owner][rows]
+        self.learn(owner, {name: value[rows] for name, value in self.known(owner).items()})
 
     def plan(self, pool: Pool, owners: list[Owner]) -> None:
         """Bring ``owners`` within the budget, if enough queries were seen since the last time."""

@@ -109,7 +109,7 @@ def fork_of_a_fork(run):
 
 
 def crop_of_rows_that_share_pages(run):
-    token = run.decode(run.call(prompt(40)), 20)
+    run.decode(run.call(prompt(40)), 20)
     if not run.cache.is_croppable or "DynamicSlidingWindowLayer" in str(run.cache):
         pytest.skip("transformers' sliding layers cannot be cropped once their window is full")
     run.cache.batch_repeat_interleave(2)

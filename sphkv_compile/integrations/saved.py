@@ -1,0 +1,197 @@
+"""A :class:`~sphkv_compile.integrations.cache.SphericalCache` in a safetensors file: no pickle, nothing is executed.
+
+The header's metadata holds the version of the format, the specification, the layers and a digest of all tensors. A file
+that is damaged, foreign or of another version is refused before anything is allocated from its numbers; the cache is
+handed out when all of it is there, and a file is replaced when all of the new one is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sphkv_compile.runtime import saved
+from sphkv_compile.runtime.direct import Book
+from sphkv_compile.runtime.ownership import Owner, owner_of
+from sphkv_compile.runtime.pool import Pool
+from sphkv_compile.spec import CacheSpec
+from sphkv_compile.storage.layout import UNIT
+
+if TYPE_CHECKING:
+    from sphkv_compile.integrations.cache import SphericalCache
+
+FORMAT, VERSION = "sphkv-cache", 1
+COUNTERS = ("cumulative_length_int", "max_cache_len", "sliding_window")
+"""Of transformers' sliding layers, what is a number."""
+
+
+def save(cache: SphericalCache, path: str | os.PathLike) -> None:
+    """Write ``cache`` to ``path``. What stood there is replaced once the new file is whole.
+
+    Raises:
+        TypeError: its policy is an object of the user's, which no file can hold.
+        ValueError: it holds no token.
+    """
+    book = cache.book
+    if not isinstance(book.spec.policy, (str, type(None))):
+        raise TypeError(
+            f"policy {type(book.spec.policy).__name__} is an object, which a file of tensors cannot hold; expected one "
+            "of sphkv's by name"
+        )
+    if not cache.get_seq_length():
+        raise ValueError("this SphericalCache holds no token yet; a new one is as good as a saved one")
+    tensors: dict[str, Tensor] = {}
+    layers = []
+    for i, layer in enumerate(cache.layers):
+        own, facts = _layer(layer)
+        layers.append(facts)
+        tensors |= {f"{i}.{name}": x for name, x in own.items()}
+    pool = next(iter(book.pools.values()), None)
+    head = {
+        "spec": dataclasses.asdict(book.spec),
+        "group": book.group,
+        "max_cache_len": cache.max_cache_len,
+        "pool": saved.pool_facts(pool),
+        "layers": layers,
+    }
+    meta = {"format": FORMAT, "version": str(VERSION), "cache": json.dumps(head), "digest": _digest(tensors)}
+    path = Path(path)
+    handle, name = tempfile.mkstemp(prefix=path.name, suffix=".part", dir=path.parent)
+    os.close(handle)
+    try:
+        save_file(tensors, name, metadata=meta)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _layer(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and facts of a layer: its codes, or the dense window of a sliding one."""
+    facts: dict[str, Any] = {"kind": type(layer).__name__}
+    if (log := getattr(layer, "log", None)) is not None:
+        log.settle()
+        log.hold()
+        return saved.tensors_of(log.owner), facts | saved.facts_of(log.owner) | {"length": int(log.length)}
+    facts |= {name: getattr(layer, name) for name in COUNTERS if isinstance(getattr(layer, name, None), int)}
+    facts["length"] = int(layer.cumulative_length)
+    owner = owner_of(layer.keys)
+    if owner is not None and owner.holds_codes:
+        return saved.tensors_of(owner), facts | saved.facts_of(owner)
+    return {"keys": layer.keys.cpu().contiguous(), "values": layer.values.cpu().contiguous()}, facts
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        found.update(name.encode())
+        found.update(tensors[name].view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def load(kind: type[SphericalCache], path: str | os.PathLike, config: Any, device: Any) -> SphericalCache:
+    """The cache that :func:`save` wrote, for a model of this configuration.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no file of a cache, is damaged, of another version, for another model, or written on a device
+            that stores pages otherwise.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no saved cache at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+            if meta.get("format") != FORMAT:
+                raise ValueError(f"its header says format {meta.get('format')!r}, expected {FORMAT!r}")
+            if meta.get("version") != str(VERSION):
+                raise ValueError(f"it is of version {meta.get('version')}, this release reads {VERSION}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if _digest(tensors) != meta.get("digest"):
+            raise ValueError("its tensors are not those that were written")
+        head = json.loads(meta["cache"])
+        return _cache(kind, head, tensors, config, torch.device(device))
+    except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as fault:
+        raise ValueError(f"{path} is no saved cache, or is damaged: {type(fault).__name__}: {fault}") from None
+    except ValueError as fault:
+        raise ValueError(f"{path} cannot be loaded: {fault}") from None
+
+
+def _cache(
+    kind: type[SphericalCache], head: dict[str, Any], tensors: dict[str, Tensor], config: Any, device: torch.device
+) -> SphericalCache:
+    spec, capacity = CacheSpec(**head["spec"]), head["max_cache_len"]
+    if capacity is not None and (type(capacity) is not int or capacity < 1):
+        raise ValueError(f"max_cache_len {capacity!r}")
+    cache = kind(config, capacity, **{n: v for n, v in head["spec"].items() if v != getattr(CacheSpec(), n)})
+    names = [type(layer).__name__ for layer in cache.layers]
+    if [facts["kind"] for facts in head["layers"]] != names:
+        raise ValueError(
+            f"it was written for {len(head['layers'])} layers {_kinds(x['kind'] for x in head['layers'])}; this model "
+            f"has {len(names)}: {_kinds(names)}"
+        )
+    cache.book.spec, cache.book.group = spec, int(head["group"])
+    parts: list[dict[str, Tensor]] = [{} for _ in names]
+    for name, x in tensors.items():
+        number, _, field = name.partition(".")
+        parts[int(number)][field] = x
+    for facts, part in zip(head["layers"], parts):  # all of it, before the first allocation
+        if "layout" in facts:
+            layout, g = saved.parse(facts)
+            expected = cache.book.layout(g.k_dim, g.v_dim, device, layout.kept).stored
+            if layout.stored != expected:
+                raise ValueError(f"its pages are stored as {layout.stored}, which {device} has as {expected}")
+            saved.check(layout, g, part)
+            facts["parsed"] = layout, g
+    windows = Pool(UNIT, spec.plan_every, device)
+    for layer, facts, part in zip(cache.layers, head["layers"], parts):
+        _restore(cache.book, layer, facts, part, windows, device)
+    for pool in cache.book.pools.values():
+        owners = [o for o in pool.members if o.holds_codes]
+        pool.reserve(owners, spec.plan_every)
+        saved.continue_pool(pool, head["pool"])
+    return cache
+
+
+def _kinds(names: Any) -> str:
+    return ", ".join(sorted(set(names)))
+
+
+def _restore(book: Book, layer: Any, facts: dict, part: dict[str, Tensor], windows: Pool, device: torch.device) -> None:
+    if "parsed" not in facts:
+        like = part["keys"].to(device), part["values"].to(device)
+        layer.lazy_initialization(*like)
+        layer.keys, layer.values = like
+        _count(layer, facts)
+        return
+    layout, g = facts["parsed"]
+    full = facts["kind"] == "SphericalLayer"
+    owner = Owner(layout, g, book.pool(layout, g, device) if full else windows, scale=facts["scale"])
+    saved.restore_pages(owner, part)
+    if full:
+        layer.restore(owner, int(facts["length"]))
+    else:
+        layer.restore(owner)
+        _count(layer, facts)
+
+
+def _count(layer: Any, facts: dict) -> None:
+    """What a sliding layer knows of its length."""
+    for name in COUNTERS:
+        if name in facts and hasattr(layer, name):
+            setattr(layer, name, int(facts[name]))
+    if isinstance(layer.cumulative_length, int):
+        layer.cumulative_length = int(facts["length"])
+    else:
+        layer.cumulative_length.fill_(int(facts["length"]))
