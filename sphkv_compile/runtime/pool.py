@@ -77,7 +77,7 @@ class Pool:
         """Let the policy decide, then reserve pages for ``tokens`` more, and for as many after them as come before the
         next plan."""
         self.plans += 1
-        self.tokens_left = max(0, self.plan_every - tokens)
+        self.tokens_left = -1  # should this fail, the next step plans
         owners = [owner for owner in self.members if owner.holds_codes]
         if owners:
             check_rows(counters(owners, FROZEN))
@@ -87,6 +87,7 @@ class Pool:
                 owner.unshare()  # statistics and tiers are each row's own
             self.retention.plan(self, kept)
         self.reserve(owners, max(tokens, self.plan_every))
+        self.tokens_left = max(0, self.plan_every - tokens)
 
     def reserve(self, owners: list[Owner], tokens: int) -> None:
         """Give a page to every slot that so many more tokens can fill, in a larger arena if need be."""
@@ -121,7 +122,7 @@ class Pool:
     def resize(self, nbytes: int) -> None:
         """An arena of ``nbytes``, or of what is used if that is more, in which pages lie without holes. One of the same
         size stays where it is, so that a captured graph finds it."""
-        arena = Arena(max(nbytes, self.arena.used), self.arena.data.device)
+        arena = self._allocated(max(nbytes, self.arena.used))
         old, new = self.arena.data.view(-1, UNIT), arena.data.view(-1, UNIT)
         members = self.members
         for group in together(members):
@@ -144,6 +145,15 @@ class Pool:
         for owner in members:
             owner.state = owner.state._replace(arena=arena.data)
         CHANGES[0] += 1
+
+    def _allocated(self, nbytes: int) -> Arena:
+        try:
+            return Arena(nbytes, self.arena.data.device)
+        except RuntimeError as fault:  # of which torch.OutOfMemoryError is one
+            raise MemoryError(
+                f"sphkv: no memory for {nbytes:,} bytes of pages, of which {self.arena.used:,} are in use; the cache "
+                "is as it was. Free memory on the device, crop or reset the cache, or give fewer bits or a budget"
+            ) from fault
 
 
 def check_rows(frozen: Tensor) -> None:
