@@ -36,8 +36,9 @@ class Caches(RuleBasedStateMachine):
         capacity=st.sampled_from([None, MOST]),
         plan_every=st.sampled_from([1, 7, 128]),
         seed=st.integers(0, 99),
+        tokens=st.sampled_from([1, 5, 30, 60, 90]),
     )
-    def begin(self, bits, sizes, capacity, plan_every, seed):
+    def begin(self, bits, sizes, capacity, plan_every, seed, tokens):
         sink, window, span, page = sizes
         self.exact, self.random = bits == 16, torch.Generator().manual_seed(seed)
         self.config = model().config
@@ -46,6 +47,7 @@ class Caches(RuleBasedStateMachine):
             plan_every=plan_every,
         )  # fmt: skip
         self.caches: list[tuple[SphericalCache, list[Oracle]]] = [(cache, self.nothing(2))]
+        self.attend(0, tokens)
 
     def nothing(self, rows):
         return [Oracle(*(torch.zeros(rows, HEADS, 0, DIM) for _ in range(2))) for _ in range(2)]
@@ -58,7 +60,14 @@ class Caches(RuleBasedStateMachine):
 
     WHICH = st.integers(0, 5)
 
-    @rule(which=WHICH, count=st.one_of(st.integers(1, 4), st.integers(1, 70)))
+    @rule(which=WHICH, count=st.integers(1, 4))
+    def decode(self, which, count):
+        self.attend(which, count)
+
+    @rule(which=WHICH, count=st.integers(20, 70))
+    def prefill(self, which, count):
+        self.attend(which, count)
+
     def attend(self, which, count):
         """New tokens in every layer; the attention of each is that over the oracle's keys and values."""
         cache, oracles = self.pick(which)
@@ -81,8 +90,6 @@ class Caches(RuleBasedStateMachine):
     def crop(self, which, count):
         cache, oracles = self.pick(which)
         length = oracles[0].k.shape[2]
-        if not length:
-            return
         count = min(count, length)
         cache.crop(-count)
         for oracle in oracles:
@@ -91,8 +98,6 @@ class Caches(RuleBasedStateMachine):
     @rule(which=WHICH, order=st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=ROWS))
     def batch_select_indices(self, which, order):
         cache, oracles = self.pick(which)
-        if not cache.is_initialized:
-            return
         rows = torch.tensor(order) % oracles[0].k.shape[0]
         cache.batch_select_indices(rows)
         for oracle in oracles:
@@ -102,24 +107,24 @@ class Caches(RuleBasedStateMachine):
     def reorder_cache(self, which, order):
         cache, oracles = self.pick(which)
         rows = torch.tensor(order)[: oracles[0].k.shape[0]] % oracles[0].k.shape[0]
-        if cache.is_initialized:
-            cache.reorder_cache(rows)
-            for oracle in oracles:
-                oracle.k, oracle.v = oracle.k[rows], oracle.v[rows]
+        cache.reorder_cache(rows)
+        for oracle in oracles:
+            oracle.k, oracle.v = oracle.k[rows], oracle.v[rows]
 
     @rule(which=WHICH, repeats=st.integers(1, 3))
     def batch_repeat_interleave(self, which, repeats):
         cache, oracles = self.pick(which)
-        if cache.is_initialized and oracles[0].k.shape[0] * repeats <= ROWS:
+        if oracles[0].k.shape[0] * repeats <= ROWS:
             cache.batch_repeat_interleave(repeats)
             for oracle in oracles:
                 oracle.k, oracle.v = (x.repeat_interleave(repeats, 0) for x in (oracle.k, oracle.v))
 
-    @rule(which=WHICH)
-    def reset(self, which):
+    @rule(which=WHICH, tokens=st.integers(1, 60))
+    def reset(self, which, tokens):
         cache, oracles = self.pick(which)
         cache.reset()
         oracles[:] = self.nothing(oracles[0].k.shape[0])
+        self.attend(which, tokens)
 
     @precondition(lambda self: len(self.caches) < 3)
     @rule(which=WHICH)
