@@ -7,10 +7,10 @@ Source: SPHERICAL KV, arXiv 2605.18856.
 
 from typing import TYPE_CHECKING, Any
 
-from sphkv_compile.backend import SiteRefused, backend
+from sphkv_compile.backend import backend
 from sphkv_compile.explain import explain
 from sphkv_compile.report import report
-from sphkv_compile.spec import CacheSpec, Tier
+from sphkv_compile.spec import CacheSpec, SiteRefused, Tier
 
 if TYPE_CHECKING:
     from sphkv_compile.integrations.cache import SphericalCache, adopt

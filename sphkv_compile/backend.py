@@ -29,11 +29,7 @@ from sphkv_compile.patterns import Refusal
 from sphkv_compile.runtime import log
 from sphkv_compile.runtime.budget import resolve
 from sphkv_compile.runtime.runner import Runner, release_others
-from sphkv_compile.spec import CacheSpec
-
-
-class SiteRefused(RuntimeError):
-    """Raised under ``strict=True`` where a site stays dense."""
+from sphkv_compile.spec import CacheSpec, SiteRefused
 
 
 def backend(gm: GraphModule, example_inputs: list, *, mode: str | None = None, options: dict | None = None) -> Callable:

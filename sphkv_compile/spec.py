@@ -26,6 +26,10 @@ COMPILER_OPTIONS = ("mode", "inductor")
 """Keys of the backend's ``options`` that say how graphs are compiled; every other is a field of CacheSpec."""
 
 
+class SiteRefused(RuntimeError):
+    """Raised under ``strict=True`` where a site stays dense."""
+
+
 @dataclass(frozen=True, order=True)
 class Tier:
     """Precision class of a page: bits per key element and per value element.

@@ -32,5 +32,7 @@ def pytest_runtest_call():
 @pytest.fixture(autouse=True)
 def _fresh():
     torch.manual_seed(0)
+    if "sphkv_compile.runtime.log" in sys.modules:
+        sys.modules["sphkv_compile.runtime.log"].WARNED.clear()  # each test is warned as a process is
     if "torch._dynamo" in sys.modules:  # not imported for tests that compile nothing
         torch._dynamo.reset()

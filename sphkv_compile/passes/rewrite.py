@@ -10,6 +10,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from sphkv_compile.ops import schema
 from sphkv_compile.ops.decode import packing
+from sphkv_compile.passes.match import source_line
 from sphkv_compile.patterns import Site
 from sphkv_compile.runtime.budget import may_drop
 from sphkv_compile.runtime.convention import Binding, Rewritten
@@ -82,6 +83,7 @@ def _bind(site: Site, layout: Layout, index: dict[Node, int], output: Node) -> B
         rolling=site.rolling,
         outputs=tuple(returned.index(w) for w in site.outputs),
         scale=site.scale,
+        source=source_line(site.node) or site.node.name,
         group=geometry(site).group,
     )
 

@@ -14,6 +14,7 @@ class Binding:
     """How the runtime feeds one rewritten site.
 
     Args:
+        source: the user's line, for messages; the node's name where it is not known.
         k_input, v_input: positions of the dense buffers among the original inputs.
         outputs: positions of the grown buffers among the graph's outputs (``dynamic_cat``).
         group: query heads of a kv head.
@@ -26,6 +27,7 @@ class Binding:
     rolling: bool
     outputs: tuple[int, ...] = ()
     scale: float | None = None
+    source: str = ""
     group: int = 1
 
 

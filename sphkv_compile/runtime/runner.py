@@ -4,7 +4,6 @@ cache tensors, feeds them to the graph, and hands handles back for caches that g
 from __future__ import annotations
 
 import threading
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from sphkv_compile.ops.append import visible
 from sphkv_compile.runtime.convention import Binding, Rewritten
+from sphkv_compile.runtime.log import warn_once
 from sphkv_compile.runtime.ownership import (
     LOCK,
     Guarded,
@@ -30,7 +30,7 @@ from sphkv_compile.runtime.ownership import (
 )
 from sphkv_compile.runtime.pool import CHANGES, Pool, arena_bytes
 from sphkv_compile.runtime.retention import Retention
-from sphkv_compile.spec import CacheSpec
+from sphkv_compile.spec import CacheSpec, SiteRefused
 from sphkv_compile.storage.layout import UNIT
 from sphkv_compile.storage.state import Geometry
 
@@ -94,7 +94,6 @@ class Runner:
         self.grows = any(b.outputs for b in rewritten.bindings)
         self.cache_inputs = [i for b in rewritten.bindings for i in (b.k_input, b.v_input)]
         self.local = threading.local()
-        self.dense_calls = 0
 
     def __call__(self, args: list) -> Any:
         release_others(args, self.lookout)
@@ -154,6 +153,7 @@ class Runner:
             strange = [i for i in coded if owners[i].layout.kept and owners[i].frequencies is None]
             for i in dense:
                 if not bindings[i].outputs and not exclusive(*pairs[i]):
+                    self._refuse_shared(bindings[i])
                     return None
             missing = [i for i, owner in enumerate(owners) if owner is None]
             self._create(missing, pairs, owners)
@@ -213,14 +213,17 @@ class Runner:
                 owners[i].holds_codes = True
                 owners[i].k_ref, owners[i].v_ref = weakref.ref(k), weakref.ref(v)
 
+    def _refuse_shared(self, binding: Binding) -> None:
+        """Raises: SiteRefused: under ``strict=True``."""
+        why = (
+            f"the cache of the attention at {binding.source} shares its memory with another tensor, so it cannot be "
+            "replaced by codes, and the call runs dense, uncompiled; give K and V storage of their own (.clone())"
+        )
+        if self.spec.strict:
+            raise SiteRefused(f"strict=True, and {why}")
+        warn_once(("shared storage", binding.source), why)
+
     def _run_dense(self, args: list) -> Any:
-        self.dense_calls += 1
-        if self.dense_calls == 1:
-            warnings.warn(
-                "sphkv: this cache shares its memory with another tensor, so it cannot be replaced by codes; the call "
-                "runs dense, uncompiled. Give K and V storage of their own.",
-                stacklevel=2,
-            )
         for x in args:
             if type(x) is Guarded:
                 restore(x, "a call that runs dense")

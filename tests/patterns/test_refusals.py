@@ -14,7 +14,7 @@ from sphkv_compile.patterns import IDIOMS, REFUSALS, Refusal
 from toys import OPTIONS, Cache, Shape, put, sdpa, steps
 
 import sphkv_compile
-from sphkv_compile.backend import SiteRefused
+from sphkv_compile import SiteRefused
 from sphkv_compile.runtime import log
 
 MODULES = (test_attention, test_dynamic_cat, test_sliding, test_slice_copy, test_static_index)
