@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from sphkv_compile.backend import backend
-from sphkv_compile.ops.decode import attend, on_device, packing
 from sphkv_compile.passes.match import Verdict
 from sphkv_compile.passes.rewrite import geometry
 from sphkv_compile.patterns import Site
 from sphkv_compile.runtime import log
-from sphkv_compile.runtime.pool import arena_bytes, reserve
+from sphkv_compile.runtime.breakeven import LENGTHS, break_even
 from sphkv_compile.spec import CacheSpec, human, parse_bytes
-from sphkv_compile.storage.arena import Arena
 from sphkv_compile.storage.layout import Layout
-from sphkv_compile.storage.state import LENGTH, Geometry, empty_state
 from sphkv_compile.testing.clock import timed
 
 
@@ -126,9 +120,12 @@ def explain(
     spec = next((g.spec for g in seen if g.rewritten), spec)  # what a budget came to
     rows = [row for i, graph in enumerate(seen) for row in _rows(i, graph)]
     sites = [v.site for graph in seen for v in graph.verdicts if v.site]
-    even = break_even(spec, *_attention_shape(sites[0])) if sites and measure and not spec.chooses else None
-    device = str(sites[0].k_buf.meta["val"].device) if sites else "cpu"
-    return Explanation(rows, spec, len(seen), even, device)
+    device = sites[0].k_buf.meta["val"].device if sites else torch.device("cpu")
+    even = None
+    if sites and measure and not spec.chooses:
+        layout = next(g for g in seen if g.rewritten).rewritten.bindings[0].layout
+        even = break_even(layout, geometry(sites[0]), device, lambda run: timed([run]) * 1e-6)
+    return Explanation(rows, spec, len(seen), even, str(device))
 
 
 def _call(model: Callable) -> Callable:
@@ -176,82 +173,6 @@ def bytes_per_token(layout: Layout, k_dim: int, v_dim: int, itemsize: tuple[int,
     """Bytes that one coded token of one kv head costs: its page's share, position, page-table entry and anchor row."""
     page = layout.page_bytes(layout.tiers[0], k_dim, v_dim, itemsize) / layout.page
     return page + 4 + 5 / layout.page + (k_dim + 4) / layout.span
-
-
-LENGTHS = (512, 2048, 8192)
-"""Cached tokens at which attention is timed for the break-even prediction."""
-
-
-def _attention_shape(site: Any) -> tuple:
-    q, k, v = (n.meta["val"] for n in (site.q, site.k_buf, site.v_buf))
-    return int(q.shape[1]), int(k.shape[1]), k.shape[-1], v.shape[-1], k.dtype, k.device
-
-
-def break_even(
-    spec: CacheSpec, hq: int, h: int, k_dim: int, v_dim: int, dtype: torch.dtype, device: torch.device
-) -> int | None:
-    """Cached tokens from which one decode attention over codes is faster than over dense keys and values.
-
-    Both are timed at a few lengths, and the crossing of the lines between them is returned.
-
-    Units: tokens.
-    """
-    times = [(n, *_time_attention(spec, n, hq, h, k_dim, v_dim, dtype, device)) for n in LENGTHS]
-    previous = None
-    for n, ours, dense in times:
-        gap = ours - dense
-        if gap <= 0:
-            if previous is None:
-                return n
-            n0, gap0 = previous
-            return round(n0 + (n - n0) * gap0 / (gap0 - gap))
-        previous = (n, gap)
-    return None
-
-
-def _time_attention(
-    spec: CacheSpec, n: int, hq: int, h: int, k_dim: int, v_dim: int, dtype, device
-) -> tuple[float, float]:
-    """Seconds of one decode attention over ``n`` cached tokens: codes, dense."""
-    packed = packing(spec, k_dim, v_dim, device)
-    layout = Layout.of(spec, "half", k_dim if k_dim % 2 == 0 else 0, packed)
-    g = Geometry(1, h, n, k_dim, v_dim, dtype, dtype, False)
-    arena = Arena(max(64, arena_bytes(layout, g)), device)
-    state = empty_state(layout, g, arena.data)
-    state.rows[:, 0] = 0
-    reserve(state, layout, g, arena, n)
-    spans = layout.coded_spans(n)
-    state.rows[0, LENGTH], state.rows[0, 2], state.rows[0, 4] = n - 1, spans, 1
-    tokens = layout.sink + torch.arange(spans * layout.span, dtype=torch.int32, device=device)
-    state.positions[:, :, : spans * layout.pages_per_span] = tokens.view(1, 1, -1, layout.page)
-    make = torch.Generator().manual_seed(0)
-    q, new_k, new_v, k, v = (
-        torch.randn(*shape, generator=make).to(device, dtype)
-        for shape in ((1, hq, 1, k_dim), (1, h, 1, k_dim), (1, h, 1, v_dim), (1, h, n, k_dim), (1, h, n, v_dim))
-    )
-    mask = torch.ones(1, 1, 1, n, dtype=torch.bool, device=device)
-
-    def sdpa() -> torch.Tensor:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=hq != h)
-
-    if (fused := on_device(layout, q, new_k, new_v, mask)) is not None:
-        new = state, layout, q, new_k, new_v
-        # inside a CUDA graph, as mode="reduce-overhead" runs both: no launch counts
-        codes = timed([lambda: fused.attend(*new, None, n - 1, n, mask, None, False)])
-        return codes * 1e-6, timed([sdpa]) * 1e-6
-    return _median(lambda: attend(state, layout, q, new_k, new_v, n - 1, 0, n, mask, False, None)), _median(sdpa)
-
-
-def _median(run: Callable[[], Any], repeats: int = 9) -> float:
-    run()
-    seconds = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)
 
 
 def _budget(e: Explanation) -> Iterator[Text]:

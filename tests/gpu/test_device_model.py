@@ -67,7 +67,14 @@ def test_cuda_graphs(kind):
 def test_break_even_is_that_of_the_kernels():
     """The portable path, whose every step waits for the device, would not pay at any of these lengths."""
     from sphkv_compile import CacheSpec
-    from sphkv_compile.explain import break_even
+    from sphkv_compile.ops.decode import packing
+    from sphkv_compile.runtime.breakeven import break_even
+    from sphkv_compile.storage.layout import Layout
+    from sphkv_compile.storage.state import Geometry
+    from sphkv_compile.testing.clock import timed
 
-    found = break_even(CacheSpec(bits=4), 32, 8, 128, 128, torch.bfloat16, torch.device("cuda"))
+    spec, cuda, dtype = CacheSpec(bits=4), torch.device("cuda"), torch.bfloat16
+    layout = Layout.of(spec, "half", 128, packing(spec, 128, 128, cuda))
+    shape = Geometry(1, 8, 0, 128, 128, dtype, dtype, False, 4)
+    found = break_even(layout, shape, cuda, lambda run: timed([run]) * 1e-6)
     assert found is not None and found < 8192

@@ -6,8 +6,9 @@ from rich.console import Console
 from transformers import StaticCache
 
 import sphkv_compile
-from sphkv_compile.explain import LENGTHS, bytes_per_token
+from sphkv_compile.explain import bytes_per_token
 from sphkv_compile.integrations.transformers import cache_keyword, decode_step
+from sphkv_compile.runtime.breakeven import LENGTHS
 from sphkv_compile.spec import CacheSpec, Tier
 from sphkv_compile.storage.layout import Layout
 from sphkv_compile.testing.gpt_fast import SliceCopy
