@@ -16,7 +16,7 @@ from sphkv_compile.ops import schema
 aten = torch.ops.aten
 
 REFUSALS: dict[str, str] = {
-    "grad_mode": "autograd is on; codes are for inference (use torch.no_grad or torch.inference_mode)",
+    "grad_mode": "autograd is on; codes are for inference",
     "not_sdpa": "attention is written as matmul and softmax (soft cap, learned sinks, attn_implementation='eager')",
     "no_cache_write": "K and V do not come from a cache: plain attention, or the first prefill of a growing cache",
     "unknown_write": "K and V come from an operation that no idiom describes (a window, a latent or quantised cache)",
@@ -37,6 +37,28 @@ REFUSALS: dict[str, str] = {
 }
 """Why a site stays dense: code -> sentence. The README's table is generated from this."""
 
+INSTEAD: dict[str, str] = {
+    "grad_mode": "call the model under torch.inference_mode() or torch.no_grad()",
+    "not_sdpa": "load the model with attn_implementation='sdpa'; soft caps and learned sinks have no way yet",
+    "no_cache_write": "pass a cache, such as transformers' StaticCache, and look at a decode step",
+    "unknown_write": "keep keys and values in StaticCache, DynamicCache, or buffers written as buf[:, :, pos] = new",
+    "rank": "store [batch, kv heads, tokens, head_dim], with as many rows as the queries have",
+    "dropout": "call model.eval(), or pass dropout_p=0.0",
+    "head_counts": "store heads that divide the query heads, as many for V as for K, and pass enable_gqa=True",
+    "head_dim": "expected a multiple of 8 such as 64, 128 or 256; pad head_dim to the next one",
+    "dtype": "give the cache the model's dtype, bfloat16 or float16, or float32",
+    "shared_buffer": "keep K and V in two tensors",
+    "not_an_input": "hold the cache as a buffer or an argument of what is compiled, and write into it in place",
+    "not_stored": "write into the buffer in place (buf[:, :, pos] = new), once a step",
+    "other_readers": "let only the attention read the cache in the compiled function, and read it in eager code",
+    "value_shape": "write exactly the step's keys and values, cast to the cache's dtype",
+    "scattered": "write at an int64 tensor of consecutive positions, one for each new token",
+    "unmasked_slots": "pass an attn_mask of as many columns as are read, which hides those not written yet",
+    "partial_read": "read the columns up to the newest token, or all under a mask",
+    "shared_storage": "give K and V storage of their own (.clone())",
+}
+"""What a user can do about it: code -> the nearest way of writing it that is matched."""
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -51,7 +73,7 @@ class Refusal:
     detail: str = ""
 
     def __str__(self) -> str:
-        return REFUSALS[self.code] + (f" [{self.detail}]" if self.detail else "")
+        return REFUSALS[self.code] + (f" [{self.detail}]" if self.detail else "") + f"; {INSTEAD[self.code]}"
 
 
 @dataclass
@@ -146,7 +168,7 @@ def check_attention(match: Match) -> Refusal | None:
         if buf.op != "placeholder":
             return Refusal("not_an_input", buf.name)
         if buf.meta["val"].dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            return Refusal("dtype", str(buf.meta["val"].dtype))
+            return Refusal("dtype", f"{buf.name}: {buf.meta['val'].dtype}")
     heads, group_heads = shape(k_buf)[1], shape(q)[1]
     if shape(v_buf)[1] != heads or group_heads % heads or (group_heads != heads and not c["enable_gqa"]):
         return Refusal("head_counts", f"{group_heads} query heads, {heads} and {shape(v_buf)[1]} in the cache")
@@ -166,8 +188,8 @@ def _check_head_dim(buf: Node) -> Refusal | None:
     try:
         rotation(dim)
     except ValueError as error:
-        return Refusal("head_dim", str(error))
-    return Refusal("head_dim", f"{dim} is no multiple of 8") if dim % 8 else None
+        return Refusal("head_dim", f"{buf.name}: {error}")
+    return Refusal("head_dim", f"{buf.name}: {dim} is no multiple of 8") if dim % 8 else None
 
 
 def _check_mask(match: Match) -> Refusal | None:

@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule
-from torch.utils._python_dispatch import _disable_current_modes
 
 from sphkv_compile.lowering import compat
 from sphkv_compile.ops import schema
 from sphkv_compile.ops.check import check_kernels
 from sphkv_compile.passes.lift import lift, strip
-from sphkv_compile.passes.match import Verdict, match
+from sphkv_compile.passes.match import Verdict, match, source_line
 from sphkv_compile.passes.normalize import normalize, settle
 from sphkv_compile.passes.prologue import prologue_of, snapshot, token_counter
 from sphkv_compile.passes.rewrite import geometry, rewrite
@@ -46,12 +45,14 @@ def backend(gm: GraphModule, example_inputs: list, *, mode: str | None = None, o
             to run the rewritten graphs node by node, which compiles in no time and helps to debug.
 
     Raises:
-        TypeError: an unknown option; ValueError: a value out of range; RuntimeError: an unknown mode;
-        SiteRefused: under ``strict=True``.
+        TypeError: an unknown option, of Inductor's too; ValueError: a value out of range; RuntimeError: an unknown
+        mode; SiteRefused: under ``strict=True``.
     """
     options = options or {}
     spec, inductor = CacheSpec.from_options(options), options.get("inductor", {})
-    patches = {**compat.mode_patches(options.get("mode", mode)), **(inductor or {}), **compat.PATCHES}
+    patches = {
+        **compat.mode_patches(options.get("mode", mode)), **compat.inductor_options(inductor), **compat.PATCHES
+    }  # fmt: skip
     strip(gm, schema.owned)
     grad = torch.is_grad_enabled()
     if grad:
@@ -72,7 +73,7 @@ def compile_inner(
     before = graph_text(gm)
     verdicts = [] if grad else _verdicts(gm)
     if grad:
-        verdicts = [Verdict(n.name, "", refusal=Refusal("grad_mode")) for n in _dense_attention(gm)]
+        verdicts = [Verdict(n.name, source_line(n), refusal=Refusal("grad_mode")) for n in _dense_attention(gm)]
     sites = [v.site for v in verdicts if v.site]
     lookout = _lookout(gm, sites)
     if not sites:
@@ -93,7 +94,7 @@ def compile_inner(
     if "static_input_idxs" in kwargs:
         kwargs["static_input_idxs"] = _static_inputs(kwargs["static_input_idxs"], rewritten)
     run = compiler(gm, inputs, **kwargs)
-    with _disable_current_modes():  # here every new tensor would be a fake one
+    with compat.plainly():
         for site, binding in zip(sites, rewritten.bindings):
             heads, device = int(site.q.meta["val"].shape[1]), site.k_buf.meta["val"].device
             check_kernels(binding.layout, geometry(site), heads, device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Annotated
 
 import torch
@@ -10,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sphkv_compile.bench.app import app as bench
+from sphkv_compile.codecs.packing import check_dim
 from sphkv_compile.eval.app import evaluate
 from sphkv_compile.spec import CacheSpec, human
 
@@ -19,6 +22,15 @@ app.command("eval")(evaluate)
 console = Console()
 
 Model = Annotated[str, typer.Option(help="'smollm2', 'gemma3' (bundled), a Hugging Face folder, or a .gguf file.")]
+
+
+@contextlib.contextmanager
+def _usage() -> Iterator[None]:
+    """A fault of what was typed ends the command with one sentence. Raises: typer.BadParameter."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as fault:
+        raise typer.BadParameter(str(fault)) from None
 
 
 def _bits(text: str) -> int | str:
@@ -36,13 +48,18 @@ def explain(
     dtype: str = "bfloat16",
 ) -> None:
     """Say what the backend does with each attention of a model, and from which length on it pays."""
+    from sphkv_compile.eval.order import DTYPES, one_of
     from sphkv_compile.explain import explain as explain_model
-    from sphkv_compile.integrations.models import load
+    from sphkv_compile.integrations.models import find, load
     from sphkv_compile.integrations.transformers import decode_step
 
+    options = {"bits": bits and _bits(bits), "budget": budget}
+    with _usage():
+        CacheSpec.from_options(options)
+        one_of("dtype", dtype, DTYPES)
+        find(model)
     with console.status(f"loading {model}"):
         loaded, _ = load(model, dtype=getattr(torch, dtype))
-    options = {"bits": bits and _bits(bits), "budget": budget}
     with console.status("tracing one decode step"):
         console.print(explain_model(loaded, options=options, **decode_step(loaded, capacity=length)))
 
@@ -57,10 +74,14 @@ def inspect(
     bits: Annotated[str, typer.Option(help="Tiers to show, separated by commas.")] = "K8V4,K4V4,K4V2,K3V2,K2V2",
 ) -> None:
     """Show where the bytes of a cache go, field by field and tier by tier, beside bfloat16."""
-    console.print(byte_table(k_dim, v_dim or k_dim, kv_heads, layers, length, [_bits(b) for b in bits.split(",")]))
+    with _usage():
+        tiers = [CacheSpec(bits=_bits(b)) for b in bits.split(",")]
+        for dim in (k_dim, v_dim or k_dim):
+            check_dim(dim)
+    console.print(byte_table(k_dim, v_dim or k_dim, kv_heads, layers, length, tiers))
 
 
-def byte_table(k_dim: int, v_dim: int, heads: int, layers: int, length: int, menu: list[int | str]) -> Table:
+def byte_table(k_dim: int, v_dim: int, heads: int, layers: int, length: int, tiers: list[CacheSpec]) -> Table:
     """Bytes by field, a column per tier. Units: bytes per token and kv head; the last rows are the whole cache."""
     from sphkv_compile.storage.layout import Layout
 
@@ -77,7 +98,6 @@ def byte_table(k_dim: int, v_dim: int, heads: int, layers: int, length: int, men
     )
     names = (*fields, "total", "metadata", "of bf16", f"cache of {length:,} tokens")
     columns = [[*(["-"] * 8), f"{dense:g}", "0 %", "1", human(layers * heads * length * dense)]]
-    tiers = [CacheSpec(bits=bits) for bits in menu]
     for spec in tiers:
         layout = Layout.of(spec)
         f = layout.fields(spec.tier, k_dim, v_dim, (2, 2))

@@ -136,7 +136,8 @@ def _example_call(model: Callable) -> dict:
     """One decode step of a transformers model over a static cache."""
     if not hasattr(model, "config"):
         raise TypeError(
-            "explain(model) without inputs understands transformers models only; pass a decode step's inputs"
+            f"explain({type(model).__name__}) without inputs: expected a transformers model; for any other pass the "
+            "inputs of a decode step, as in explain(model, token, position)"
         )
     from sphkv_compile.integrations.transformers import decode_step
 

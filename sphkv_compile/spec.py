@@ -43,9 +43,8 @@ class Tier:
 
     def __post_init__(self) -> None:
         for side, bits in (("k_bits", self.k_bits), ("v_bits", self.v_bits)):
-            if bits not in BITS:
-                nearest = min(BITS, key=lambda b: abs(b - bits)) if isinstance(bits, int) else 4
-                raise ValueError(f"{side}={bits!r}: expected one of {BITS}; the nearest is {nearest}")
+            if bits not in BITS or isinstance(bits, bool):
+                raise ValueError(f"{side}={bits!r}: expected one of {BITS}; the nearest is {_nearest_width(bits)}")
 
     def __str__(self) -> str:
         return f"K{self.k_bits}V{self.v_bits}"
@@ -59,8 +58,15 @@ class Tier:
         """
         found = re.fullmatch(r"[Kk](\d+)[Vv](\d+)", text.strip())
         if not found:
-            raise ValueError(f"tier {text!r}: expected the form 'K4V2' (key bits, value bits)")
+            near = [_nearest_width(int(n)) for n in re.findall(r"\d{1,9}", text)[:2]] or [4]
+            raise ValueError(
+                f"tier {text!r}: expected the form 'K4V2' (key bits, value bits); did you mean 'K{near[0]}V{near[-1]}'?"
+            )
         return cls(int(found[1]), int(found[2]))
+
+
+def _nearest_width(bits: Any) -> int:
+    return min(BITS, key=lambda b: abs(b - bits)) if isinstance(bits, (int, float)) else 4
 
 
 @dataclass(frozen=True)
@@ -110,13 +116,16 @@ class CacheSpec:
     def __post_init__(self) -> None:
         if self.bits is not None and self.budget is not None:
             raise ValueError("bits and budget both given: bits fixes the tier, a budget chooses it; give one")
-        for name, least in (("sink", 0), ("window", 0), ("span", 1), ("page", 1), ("plan_every", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r}: expected a whole number >= {least}; the nearest is {least}")
+        for name, least in (("sink", 0), ("window", 0), ("span", 1), ("page", 1), ("plan_every", 1), ("seed", 0)):
+            _check_whole(name, getattr(self, name), least)
+        if not isinstance(self.strict, bool):
+            raise ValueError(f"strict={self.strict!r}: expected True or False")
         if self.span % self.page or self.span > 256:
+            page = min(self.page, 256)
+            near = f"span={max(page, min(self.span, 256) // page * page)}, page={page}"
             raise ValueError(
-                f"span={self.span}, page={self.page}: a span must be a whole number of pages, at most 256 tokens"
+                f"span={self.span}, page={self.page}: a span must be a whole number of pages, at most 256 tokens; "
+                f"the nearest is {near}"
             )
         _one_of("codec", self.codec, CODECS)
         if self.policy is None:
@@ -124,7 +133,10 @@ class CacheSpec:
         if isinstance(self.policy, str):
             _one_of("policy", self.policy, POLICIES)
         elif not callable(getattr(self.policy, "plan", None)):
-            raise ValueError(f"policy={self.policy!r}: expected one of {', '.join(POLICIES)}, or an object with plan()")
+            raise ValueError(
+                f"policy={self.policy!r}: expected one of {', '.join(POLICIES)}, or an object with plan(); "
+                "the default under a budget is 'rdr'"
+            )
         if self.chooses:
             if self.budget is None:
                 raise ValueError(f"policy={self.policy!r} needs a budget, such as budget=0.25 or budget='512MiB'")
@@ -144,29 +156,42 @@ class CacheSpec:
     def menu(self) -> tuple[Tier, ...]:
         """The tiers among which a policy chooses, widest first."""
         names = self.tiers.replace("/", ",").split(",") if isinstance(self.tiers, str) else self.tiers
+        if not names or not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"tiers={self.tiers!r}: expected names of tiers, widest first, such as 'K8V4,K4V4,K4V2'")
         return tuple(map(Tier.parse, names))
 
     def _check_menu(self) -> None:
         menu = self.menu
         if len(menu) > 1 and self.codec != "axis_cosine":
             raise ValueError(
-                f"codec={self.codec!r} with tiers {self.tiers!r}: only 'axis_cosine' is demoted; give one tier"
+                f"codec={self.codec!r} with tiers {self.tiers!r}: only 'axis_cosine' is demoted; give one tier, such "
+                f"as tiers='{menu[0]}', or codec='axis_cosine'"
             )
         if any(PASSTHROUGH in (tier.k_bits, tier.v_bits) for tier in menu):
-            raise ValueError(f"tiers={self.tiers!r}: expected 8 bits or less in all; no code is made from 16 bits")
+            near = ",".join(dict.fromkeys(f"K{min(tier.k_bits, 8)}V{min(tier.v_bits, 8)}" for tier in menu))
+            raise ValueError(
+                f"tiers={self.tiers!r}: expected 8 bits or less in all; no code is made from 16 bits; the nearest is "
+                f"{near!r}"
+            )
         for wide, narrow in itertools.pairwise(menu):
             if narrow.k_bits > wide.k_bits or narrow.v_bits > wide.v_bits or narrow == wide:
                 raise ValueError(
                     f"tiers={self.tiers!r}: {narrow} follows {wide}; expected the widest first, keys and values no "
-                    "wider than before"
+                    f"wider than before; did you mean {_descending(menu)!r}?"
                 )
         if self.page % 4:
-            raise ValueError(f"page={self.page} with policy {self.policy!r}: expected a multiple of 4, such as 64")
+            least = max(4, self.page // 4 * 4)
+            raise ValueError(
+                f"page={self.page} with policy {self.policy!r}: expected a multiple of 4; the nearest is {least}"
+            )
 
     def _check_heads(self) -> None:
-        if not 0 <= self.keep_all_heads <= 1:
-            nearest = min(max(self.keep_all_heads, 0), 1)
-            raise ValueError(f"keep_all_heads={self.keep_all_heads!r}: expected a share in [0, 1]; nearest {nearest}")
+        number = isinstance(self.keep_all_heads, (int, float))
+        if not number or not 0 <= self.keep_all_heads <= 1:
+            near = min(max(self.keep_all_heads, 0), 1) if number else 0
+            raise ValueError(
+                f"keep_all_heads={self.keep_all_heads!r}: expected a share in [0, 1]; the nearest is {near}"
+            )
         shares = self.policy in SHARING if isinstance(self.policy, str) else getattr(self.policy, "shares", False)
         if self.keep_all_heads and not shares:
             raise ValueError(
@@ -184,7 +209,10 @@ class CacheSpec:
             return Tier(bits, bits)
         if isinstance(bits, (tuple, list)) and len(bits) == 2:
             return Tier(*bits)
-        raise ValueError(f"bits={bits!r}: expected a width, a pair (k_bits, v_bits) or a form like 'K4V2'")
+        near = _nearest_width(bits)
+        raise ValueError(
+            f"bits={bits!r}: expected a width, a pair (k_bits, v_bits) or a form like 'K4V2'; the nearest is {near}"
+        )
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> CacheSpec:
@@ -197,7 +225,7 @@ class CacheSpec:
         for key in options:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-                raise TypeError(f"unknown option {key!r}; did you mean {near!r}? Valid: {', '.join(known)}")
+                raise TypeError(f"unknown option {key!r}; did you mean {near!r}? Expected one of: {', '.join(known)}")
         return cls(**{key: value for key, value in options.items() if key not in COMPILER_OPTIONS})
 
     @property
@@ -210,6 +238,25 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.0)[0]
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(known)}; did you mean {near!r}?")
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+        return
+    try:
+        near = max(least, round(float(value)))
+    except (TypeError, ValueError, OverflowError):
+        near = least
+    raise ValueError(f"{name}={value!r}: expected a whole number >= {least}; the nearest is {near}")
+
+
+def _descending(menu: tuple[Tier, ...]) -> str:
+    """The tiers of ``menu`` from the widest on, without those that fit nowhere among them."""
+    fitting: list[Tier] = []
+    for tier in sorted(set(menu), reverse=True):
+        if not fitting or tier.v_bits <= fitting[-1].v_bits:
+            fitting.append(tier)
+    return ",".join(map(str, fitting))
 
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -232,10 +279,13 @@ def parse_bytes(value: int | float | str, dense: int = 0, tokens: int = 0) -> in
     number = _amount(value, tokens) if isinstance(value, str) else value
     if isinstance(number, float):
         if not 0 < number <= 1:
-            raise ValueError(f"budget {value!r}: a float is a fraction of the dense bytes, in (0, 1]")
+            near = f"1.0, or {math.floor(number)} for bytes" if 1 < number < math.inf else "0.125, for an eighth"
+            raise ValueError(f"budget {value!r}: expected a fraction of the dense bytes, in (0, 1], such as {near}")
         number = math.floor(number * dense)
-    if isinstance(number, bool) or number <= 0:
-        raise ValueError(f"budget {value!r}: expected a positive number of bytes; the least is 1")
+    if not isinstance(number, int) or isinstance(number, bool) or number <= 0:
+        raise ValueError(
+            f"budget {value!r}: expected a positive number of bytes, such as '512MiB', or a fraction such as 0.125"
+        )
     return number
 
 

@@ -44,7 +44,7 @@ class AxisCosine(Codec):
         check_bits(from_bits)
         check_bits(to_bits)
         if to_bits > from_bits:
-            raise ValueError(f"demote from {from_bits} to {to_bits} bits: the width may only fall; one of {WIDTHS}")
+            raise ValueError(f"demote from {from_bits} to {to_bits} bits: expected {from_bits} or less of {WIDTHS}")
         if to_bits == from_bits:
             return codes
         return pack(unpack(codes, dim, from_bits) >> (from_bits - to_bits), to_bits)

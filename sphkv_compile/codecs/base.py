@@ -59,4 +59,4 @@ class Codec(ABC):
         Raises:
             ValueError: this codec does not nest, or the width would rise.
         """
-        raise ValueError(f"codec {self.name!r} does not nest: demotion needs 'axis_cosine'")
+        raise ValueError(f"codec {self.name!r} does not nest; expected 'axis_cosine' where codes are demoted")

@@ -70,7 +70,7 @@ def unpack_pairs(packed: Tensor, dim: int, bits: int) -> Tensor:
 def _check_bytes(packed: Tensor, dim: int, bits: int) -> None:
     if packed.shape[-1] != packed_bytes(dim, bits):
         wanted = packed_bytes(dim, bits)
-        raise ValueError(f"{packed.shape[-1]} bytes of codes: head_dim {dim} at {bits} bits has {wanted}")
+        raise ValueError(f"{packed.shape[-1]} bytes of codes of head_dim {dim} at {bits} bits; expected {wanted}")
 
 
 def _to_planes(words: Tensor, widths: tuple[int, ...]) -> Tensor:

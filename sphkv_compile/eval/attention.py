@@ -59,7 +59,9 @@ def attention(
         NotImplementedError: soft-capped logits or attention sinks.
     """
     if softcap or kwargs.get("s_aux") is not None:
-        raise NotImplementedError("the evaluation runs without soft cap and learned attention sinks")
+        raise NotImplementedError(
+            "the evaluation knows no soft cap and no learned attention sinks; expected a model without them"
+        )
     out = sphkv_run.attend(module.layer_idx, query, key, value, scaling, sliding_window)
     return out.transpose(1, 2), None
 

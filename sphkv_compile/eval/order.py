@@ -74,7 +74,8 @@ class Order:
         try:
             torch.empty(0, device=self.device)
         except (AssertionError, NotImplementedError, RuntimeError) as fault:
-            raise ValueError(f"device {self.device!r}: {str(fault).splitlines()[0]}") from None
+            why = str(fault).splitlines()[0]
+            raise ValueError(f"device {self.device!r}: expected one that torch finds, such as 'cpu': {why}") from None
 
 
 def one_of(what: str, name: str, known: Collection[str]) -> None:

@@ -222,7 +222,9 @@ class Coded(Cache):
         self.pool.settle(tokens)
         retention = self.pool.retention
         if retention is not None and self.counted_bytes > retention.budget:
-            raise RuntimeError(f"{self.counted_bytes:,} bytes are held, {retention.budget:,} were the budget")
+            raise RuntimeError(
+                f"{self.counted_bytes:,} bytes are held; expected the budget's {retention.budget:,} or less"
+            )
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, sliding: int | None) -> Tensor:
         """What a compiled graph does at a site: attend, then append."""

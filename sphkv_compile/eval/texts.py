@@ -66,7 +66,7 @@ def text(name: str) -> str:
     try:
         return Path(name).read_text(encoding="utf-8")
     except UnicodeDecodeError as fault:
-        raise ValueError(f"document {name!r} is not UTF-8 text: {fault}") from None
+        raise ValueError(f"document {name!r} is no text; expected UTF-8: {fault}") from None
 
 
 def label(name: str) -> str:
@@ -84,7 +84,9 @@ def tokens(tokenizer: Any, name: str, length: int) -> Tensor:
     """
     ids = tokenizer(text(name)).input_ids
     if len(ids) < length:
-        raise TooShort(f"document {name!r} has {len(ids)} tokens; {length} are needed, for the prompt and what follows")
+        raise TooShort(
+            f"document {name!r} has {len(ids)} tokens; expected {length} or more, for the prompt and what follows"
+        )
     return torch.tensor([ids[:length]])
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch._functorch.config
+from torch._dispatch.python import no_python_dispatcher
 from torch._dynamo.utils import counters
 from torch._guards import CompileContext
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.fx import GraphModule
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
-    "PATCHES", "compile_fx", "compile_fx_inner", "compiling", "functorch_patches", "interpret", "mode_patches",
-    "recorded_graphs",
+    "PATCHES", "compile_fx", "compile_fx_inner", "compiling", "functorch_patches", "inductor_options", "interpret",
+    "mode_patches", "plainly", "recorded_graphs",
 ]  # fmt: skip
 
 PATCHES: dict[str, Any] = {"size_asserts": False}
@@ -31,10 +34,35 @@ def mode_patches(mode: str | None) -> dict[str, Any]:
     return dict(torch._inductor.list_mode_options(mode)) if mode and mode != "default" else {}
 
 
+def inductor_options(given: Any) -> dict[str, Any]:
+    """Inductor's settings that a user gave; None and False give none.
+
+    Raises:
+        TypeError: not a dict, or an unknown key, with the nearest valid one.
+    """
+    if given is None or given is False:
+        return {}
+    if not isinstance(given, dict):
+        raise TypeError(f"inductor={given!r}: expected a dict of Inductor's options, or False to compile nothing")
+    known = torch._inductor.config.get_config_copy()
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
+            raise TypeError(f"unknown option {key!r} of Inductor; did you mean {near!r}?")
+    return given
+
+
 @contextlib.contextmanager
 def functorch_patches() -> Iterator[None]:
     """AOTAutograd's cache would skip our passes, and keep graphs in which nothing was matched."""
     with torch._functorch.config.patch(enable_autograd_cache=False):
+        yield
+
+
+@contextlib.contextmanager
+def plainly() -> Iterator[None]:
+    """Run what stands within as if nothing was being compiled: on real tensors, and as fast as it is."""
+    with _disable_current_modes(), no_python_dispatcher():
         yield
 
 

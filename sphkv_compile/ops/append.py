@@ -222,7 +222,8 @@ def _encode(
     at = members, heads, _pages_of(state, layout, rows, slots)
     if bool((state.table[at] < 0).any()) or (layout.kept and bool((state.tiers[at] > 0).any())):
         raise RuntimeError(
-            "sphkv: no page is reserved for a span that leaves the window; the plan of this step was skipped"
+            "sphkv: no page is reserved for a span that leaves the window; expected a plan before this step. This is a "
+            "fault of sphkv_compile: report it with what `sphkv doctor` prints, and begin anew (cache.reset())."
         )
     if (fused := encoder(layout, k)) is not None:
         fused.encode(state, layout, rows.index, k, v, rows.start + layout.sink, spans, first)

@@ -50,7 +50,8 @@ def checked_library() -> binding.Library | None:
         return library
     warnings.warn(
         f"sphkv: the fused CPU decode kernel differs from the block-wise path by {worst:.3g} of the largest output, "
-        f"expected less than {_SAME}: it was built wrongly on this machine, and the slower path serves.",
+        f"expected less than {_SAME}: it was built wrongly on this machine, and the slower path serves. Try another "
+        "C++ compiler (CXX).",
         stacklevel=4,
     )
     return None

@@ -72,7 +72,7 @@ def write_pages(state: State, layout: Layout, tier: Tier, offsets: Tensor, pages
     fields, units = layout.fields(tier, *dims), layout.page_bytes(tier, *dims) // UNIT
     widths = tuple(part.shape[-1] for part in pages)
     if widths != fields.widths:
-        raise ValueError(f"a page of {tier} has fields of {fields.widths} bytes a token, not {widths}")
+        raise ValueError(f"a page of {tier}: fields of {widths} bytes a token; expected {fields.widths}")
     if layout.tiled:
         pages = _to_tiles(pages, tier, *dims[:2])
     raw = torch.cat([part.flatten(-2) for part in pages], dim=-1)

@@ -66,12 +66,15 @@ def _place(state: State, pos, start, count: int, columns: int | None, rolling: b
     if rolling:
         if columns is not None and first - base != columns:
             raise RuntimeError(
-                f"sphkv: a full sliding window of {columns} columns was written after {first - base} tokens"
+                f"sphkv: a full sliding window of {columns} columns was written after {first - base} tokens; expected "
+                f"{columns}. Fill the window in order first, or begin anew (cache.reset())."
             )
         return first, base + 1
     if columns is not None and first - base + count > columns:
         raise IndexError(
-            f"sphkv: a write at {first - base}..{first - base + count - 1} into a cache of {columns} columns"
+            f"sphkv: a write at {first - base}..{first - base + count - 1} into a cache of {columns} columns; expected "
+            f"{max(0, columns - count)} or less for the first of {count} tokens. Give the cache more room "
+            "(max_cache_len), or begin anew (cache.reset())."
         )
     return first, base
 

@@ -26,7 +26,8 @@ def choose(held: Held, worth: Tensor, kinds: Tensor, losses: Tensor, budget: Ten
         ValueError: no budget, or no prices.
     """
     if budget is None or len(held.prices) != len(held.menu):
-        raise ValueError(f"policy {name!r} needs a budget and a price for each of {len(held.menu)} tiers")
+        have = "no budget" if budget is None else f"{len(held.prices)} prices"
+        raise ValueError(f"policy {name!r}: {have}; expected a budget, and a price for each of {len(held.menu)} tiers")
     b, h, _, page = held.positions.shape
     choices, there = len(held.menu), held.positions >= 0
     worth, kinds = torch.where(there, worth, -1.0), kinds.expand_as(held.positions)

@@ -22,5 +22,7 @@ class ExpectedAttention(Policy):
         """Shapes: -> uint8[B, H, P, page]. Raises: ValueError: no budget, no prices, or no statistics."""
         share = held.recent if held.expected is None else held.expected
         if share is None:
-            raise ValueError(f"policy {self.name!r} needs the expected or the recent attention of each token")
+            raise ValueError(
+                f"policy {self.name!r} needs the attention of each token; expected Held.expected or Held.recent"
+            )
         return evict(held, share if held.value_norm is None else share * held.value_norm, budget, self.name)

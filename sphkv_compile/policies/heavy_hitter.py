@@ -19,5 +19,5 @@ class HeavyHitter(Policy):
     def plan(self, held: Held, budget: Tensor | None) -> Tensor:
         """Shapes: -> uint8[B, H, P, page]. Raises: ValueError: no budget, no prices, or no statistics."""
         if held.mean is None:
-            raise ValueError(f"policy {self.name!r} needs the mean attention of each token")
+            raise ValueError(f"policy {self.name!r} needs the mean attention of each token; expected Held.mean")
         return evict(held, held.mean, budget, self.name)

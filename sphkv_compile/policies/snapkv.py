@@ -23,7 +23,7 @@ class SnapKV(Policy):
     def plan(self, held: Held, budget: Tensor | None) -> Tensor:
         """Shapes: -> uint8[B, H, P, page]. Raises: ValueError: no budget, no prices, or no statistics."""
         if held.recent is None:
-            raise ValueError(f"policy {self.name!r} needs the recent attention of each token")
+            raise ValueError(f"policy {self.name!r} needs the recent attention of each token; expected Held.recent")
         order = by_position(held)
         paid = torch.where(held.positions >= 0, held.recent, 0.0).flatten(2).gather(-1, order)
         paid = F.avg_pool1d(paid, KERNEL, stride=1, padding=KERNEL // 2)

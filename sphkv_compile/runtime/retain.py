@@ -45,10 +45,16 @@ def rearrange(state: State, layout: Layout, g: Geometry, arena: Arena, choice: T
     Shapes: ``choice`` uint8[B, H, P, page], of all places of the tables or of the first, with all that are in use.
 
     Raises:
-        ValueError: a token would get wider, or the layout's tiers do not nest.
+        ValueError: a token would get wider, ``choice`` has another shape, or the layout's tiers do not nest.
         ArenaFull: the new pages do not fit where the old ones were. In all cases nothing has changed.
     """
     check_moves(layout)
+    expected = (g.batch, g.heads, layout.page)
+    if choice.dtype != torch.uint8 or choice.dim() != 4 or (*choice.shape[:2], choice.shape[3]) != expected:
+        raise ValueError(
+            f"sphkv: the policy's plan() returned {choice.dtype} {list(choice.shape)}; expected torch.uint8 [{g.batch} "
+            f"rows, {g.heads} kv heads, pages, {layout.page} slots], as Held.positions is shaped"
+        )
     heads, slots = g.batch * g.heads, choice.shape[2]
     first = trimmed(state, slots)
     positions = with_positions(first, layout).positions.view(heads, slots, layout.page)
@@ -56,7 +62,12 @@ def rearrange(state: State, layout: Layout, g: Geometry, arena: Arena, choice: T
     table, tier = first.table.view(heads, slots), first.tiers.view(heads, slots)
     wanted = torch.where(positions >= 0, choice.view(heads, slots, layout.page), DROP)
     if bool((wanted < tier.unsqueeze(-1)).any()):
-        raise ValueError("a token of a narrow tier was to become wider; a policy may keep a tier, lower it, or drop")
+        at = (wanted < tier.unsqueeze(-1)).nonzero()[0].tolist()
+        was, now = (str(layout.tiers[int(x[tuple(at[: x.dim()])])]) for x in (tier, wanted))
+        raise ValueError(
+            f"sphkv: the policy's plan() makes {now} of a token that is coded at {was}; expected {was}, a tier that "
+            f"follows it in the menu {'/'.join(map(str, layout.tiers))}, or DROP"
+        )
 
     there = positions >= 0
     stays = there & (wanted == tier.unsqueeze(-1))

@@ -48,5 +48,5 @@ def test_dim_must_be_a_multiple_of_eight(dim, nearest):
 
 
 def test_bytes_of_another_width_are_refused():
-    with pytest.raises(ValueError, match="head_dim 64 at 4 bits has 32"):
+    with pytest.raises(ValueError, match="head_dim 64 at 4 bits; expected 32"):
         unpack(torch.zeros(16, dtype=torch.uint8), 64, 4)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from sphkv_compile.patterns import IDIOMS, REFUSALS
+from sphkv_compile.patterns import IDIOMS, INSTEAD, REFUSALS
 
 from sphkv_compile.bench.record import attention_rows, even, short
 from sphkv_compile.bench.writes import remark
@@ -27,9 +27,9 @@ def idiom_table() -> str:
 
 
 def refusal_table() -> str:
-    """What stays dense, and why."""
-    rows = [f"| `{code}` | {text} |" for code, text in REFUSALS.items()]
-    return "\n".join(["| code | the attention stays dense because |", "|---|---|", *rows])
+    """What stays dense, why, and what to do."""
+    rows = [f"| `{code}` | {text} | {INSTEAD[code]} |" for code, text in REFUSALS.items()]
+    return "\n".join(["| code | the attention stays dense because | what to do |", "|---|---|---|", *rows])
 
 
 def metadata_table() -> str:

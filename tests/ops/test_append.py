@@ -215,7 +215,7 @@ def test_a_write_past_the_capacity_is_refused():
     layout, g = layout_of(), geometry_of(capacity=64)
     pair = Pair(layout, g).chunks(random_tokens(g, 60), (60,), [0, 0])
     q, k, v = random_tokens(g, 6)
-    with pytest.raises(IndexError, match="64 columns"):
+    with pytest.raises(IndexError, match=r"64 columns; expected 58 or less for the first of 6 .*max_cache_len"):
         schema.attend(*pair.state, q, k, v, torch.arange(60, 66), None, 64, None, True, None, str(layout), False)
 
 

@@ -10,7 +10,7 @@ import test_slice_copy
 import test_sliding
 import test_static_index
 import torch
-from sphkv_compile.patterns import IDIOMS, REFUSALS, Refusal
+from sphkv_compile.patterns import IDIOMS, INSTEAD, REFUSALS, Refusal
 from toys import OPTIONS, Cache, Shape, put, sdpa, steps
 
 import sphkv_compile
@@ -99,9 +99,11 @@ def test_every_expected_verdict_exists():
     assert given == {*REFUSALS, *IDIOMS}
 
 
-def test_a_reason_is_a_sentence_and_its_cause():
-    assert str(Refusal("dropout", "dropout_p=0.5")) == "dropout_p is not zero [dropout_p=0.5]"
-    assert str(Refusal("grad_mode")) == REFUSALS["grad_mode"]
+def test_a_reason_is_a_sentence_its_cause_and_what_to_do():
+    what = "call model.eval(), or pass dropout_p=0.0"
+    assert str(Refusal("dropout", "dropout_p=0.5")) == f"dropout_p is not zero [dropout_p=0.5]; {what}"
+    assert str(Refusal("grad_mode")) == f"{REFUSALS['grad_mode']}; {INSTEAD['grad_mode']}"
+    assert INSTEAD.keys() == REFUSALS.keys()
     with pytest.raises(KeyError):
         str(Refusal("no_such_code"))
 

@@ -106,5 +106,5 @@ def test_without_statistics_the_young_and_the_long_stay():
 
 
 def test_a_plan_needs_a_budget():
-    with pytest.raises(ValueError, match="needs a budget"):
+    with pytest.raises(ValueError, match="no budget; expected a budget"):
         Rdr().plan(held(), None)

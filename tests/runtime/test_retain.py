@@ -124,6 +124,14 @@ def test_what_stays_is_not_touched(direct):
     assert cache.rearrange(cache.tier).moved == 0 and torch.equal(cache.state.table, table)
 
 
+def test_a_policy_is_told_what_its_plan_did_wrong():
+    """Another shape or dtype than what it was shown."""
+    cache = Cache()
+    for wrong in (torch.zeros(2, 3, 40, 16), torch.zeros(2, 3, 16, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"returned torch.*; expected torch.uint8 \[2 rows, 3 kv heads, pages, 16"):
+            rearrange(cache.state, LAYOUT, G, cache.arena, wrong)
+
+
 def test_everything_can_go_and_its_bytes_serve_again(direct):
     """Bug: a page given up is not given back, and the arena, which is just large enough, runs out."""
     once = Cache()
@@ -197,6 +205,8 @@ def test_a_token_never_gets_wider(direct):
     cache.grow(300)
     cache.rearrange(torch.where(cache.tier >= 0, 2, cache.tier))
     table = cache.state.table.clone()
-    with pytest.raises(ValueError, match="wider"):
+    with pytest.raises(
+        ValueError, match=r"makes K8V4 of a token .* at K4V2; expected K4V2, .* K8V4/K4V4/K4V2, or DROP"
+    ):
         cache.rearrange(torch.where(cache.tier >= 0, 0, cache.tier))
     assert torch.equal(cache.state.table, table)

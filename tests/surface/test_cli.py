@@ -12,6 +12,7 @@ from sphkv_compile.cli import app
 from sphkv_compile.testing.tiny import tiny
 
 run = CliRunner().invoke
+WIDE = {"COLUMNS": "200", "TERM": "dumb"}
 
 
 def test_inspect_shows_every_tier():
@@ -21,8 +22,8 @@ def test_inspect_shows_every_tier():
 
 
 def test_inspect_refuses_a_width_by_name():
-    result = run(app, ["inspect", "--bits", "5"])
-    assert result.exit_code != 0 and "nearest is 4" in str(result.exception)
+    result = run(app, ["inspect", "--bits", "5"], env=WIDE)
+    assert result.exit_code == 2 and "nearest is 4" in result.output
 
 
 def test_doctor_passes_here():
@@ -50,13 +51,27 @@ def test_explain_takes_a_budget(monkeypatch):
     from sphkv_compile.integrations import models
 
     monkeypatch.setattr(models, "load", lambda name, dtype: (tiny("llama", head_dim=64, dtype=dtype), None))
-    wide = {"COLUMNS": "200"}
-    result = run(app, ["explain", "--budget", "0.1", "--length", "2048"], env=wide)
+    monkeypatch.setattr(models, "find", lambda name: None)
+    result = run(app, ["explain", "--budget", "0.1", "--length", "2048"], env=WIDE)
     assert result.exit_code == 0, result.exception
     assert f"{int(0.1 * 2048 * 2 * 2 * 256):,} bytes" in result.output and "policy rdr" in result.output
-    assert "at K4V2" in run(app, ["explain", "--bits", "K4V2"], env=wide).output
-    both = run(app, ["explain", "--bits", "4", "--budget", "0.1"])
-    assert "give one" in str(both.exception)
+    assert "at K4V2" in run(app, ["explain", "--bits", "K4V2"], env=WIDE).output
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["explain", "--bits", "4", "--budget", "0.1"], "give one"),
+        (["explain", "--budget", "64/token"], "did you mean '64B/token'"),
+        (["explain", "--dtype", "bfloat"], "did you mean 'bfloat16'"),
+        (["explain", "--model", "smollm"], "the nearest name is 'smollm2'"),
+        (["inspect", "--k-dim", "60"], "nearest multiple of 8 is 64"),
+    ],
+)
+def test_a_fault_of_what_was_typed_is_one_sentence(typed, said):
+    """Bug: a traceback."""
+    result = run(app, typed, env=WIDE)
+    assert result.exit_code == 2 and said in result.output and "Traceback" not in result.output
 
 
 def test_the_entry_point_is_the_only_registration():
@@ -91,6 +106,16 @@ def test_an_unknown_mode_names_those_that_there_are():
 def test_an_unknown_option_names_the_nearest():
     step = torch.compile(lambda x: x + 1, backend="sphkv", options={"bit": 4})
     with pytest.raises(Exception, match="did you mean 'bits'"):
+        step(torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [({"max_autotun": True}, "'max_autotun' of Inductor; did you mean 'max_autotune'"), ("max", "expected a dict")],
+)
+def test_an_unknown_option_of_inductor_names_the_nearest(given, said):
+    step = torch.compile(lambda x: x + 1, backend="sphkv", options={"inductor": given})
+    with pytest.raises(Exception, match=said):
         step(torch.zeros(1))
 
 

@@ -69,7 +69,9 @@ def library() -> Library | None:
     except Exception as problem:
         reason = f"{type(problem).__name__}: {str(problem).strip()[:500]}"
         warnings.warn(
-            f"sphkv: the fused CPU decode kernel was not built, the slower path serves. {reason}", stacklevel=3
+            "sphkv: the fused CPU decode kernel was not built, and the slower path serves; expected a C++ compiler "
+            f"that Inductor finds (CXX) and a cache folder it can write (TORCHINDUCTOR_CACHE_DIR). {reason}",
+            stacklevel=3,
         )
         return None
 
