@@ -17,8 +17,8 @@ from torch.fx import GraphModule
 from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
-    "PATCHES", "compile_fx", "compile_fx_inner", "compiling", "functorch_patches", "inductor_options", "interpret",
-    "mode_patches", "plainly", "recorded_graphs",
+    "PATCHES", "compile_fx", "compile_fx_inner", "compiling", "functorch_patches", "inductor_cache", "inductor_options",
+    "interpret", "mode_patches", "plainly", "recorded_graphs",
 ]  # fmt: skip
 
 PATCHES: dict[str, Any] = {"size_asserts": False}
@@ -81,6 +81,13 @@ def interpret(gm: GraphModule, example_inputs: list, **kwargs: Any) -> Callable:
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
+
+
+def inductor_cache() -> str:
+    """The folder in which Inductor keeps what it has compiled."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return cache_dir()
 
 
 def recorded_graphs(device: torch.device) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from sphkv_compile.cli import app
@@ -13,6 +14,13 @@ from sphkv_compile.testing.tiny import tiny
 
 run = CliRunner().invoke
 WIDE = {"COLUMNS": "200", "TERM": "dumb"}
+
+
+def shown(what) -> str:
+    console = Console(width=200)
+    with console.capture() as text:
+        console.print(what)
+    return text.get()
 
 
 def test_inspect_shows_every_tier():
@@ -29,16 +37,59 @@ def test_inspect_refuses_a_width_by_name():
 def test_doctor_passes_here():
     result = run(app, ["doctor"], env={"COLUMNS": "160"})
     assert result.exit_code == 0, result.output
-    assert torch.__version__ in result.output and "FAILED" not in result.output
+    assert "OK: 6 of 6 checks passed." in result.output and "FAILED" not in result.output
+
+
+def test_doctor_has_what_a_bug_report_needs(monkeypatch):
+    import sphkv_compile.doctor as doctor
+
+    monkeypatch.setenv("TORCH_LOGS_OUT", "[here]")
+    monkeypatch.setenv("A_SECRET", "not for a report")
+    facts = doctor._facts()
+    assert facts["torch"] == torch.__version__ and facts["triton"] and facts["transformers"] and facts["python"]
+    assert "threads" in facts["CPU"] and "TORCH_LOGS_OUT=[here]" in facts["environment"]
+    assert "GPU" in facts or "GPU 0" in facts
+    assert "secret" not in str(facts).lower()
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_doctor_wants_the_entry_point_once(times, monkeypatch):
+    import sphkv_compile.doctor as doctor
+
+    (entry,) = [e for e in importlib.metadata.entry_points(group="torch_dynamo_backends") if e.name == "sphkv"]
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry] * times)
+    with pytest.raises(RuntimeError, match=f"registered {times} times.*expected once: pip uninstall"):
+        doctor._entry_point()
+
+
+def test_doctor_says_why_a_kernel_is_not_there(monkeypatch):
+    import warnings
+
+    import sphkv_compile.doctor as doctor
+
+    monkeypatch.setattr(doctor, "checked_library", lambda: warnings.warn("no compiler, [CXX]", stacklevel=1))
+    check = doctor._timed("kernels", "fused", doctor._kernels)
+    assert not check.ok and check.detail == "fused: RuntimeError: no compiler, [CXX]"
+    text = shown(doctor.Diagnosis({}, [check]))
+    assert "no compiler, [CXX]" in text and "FAILED: kernels. Put all of the above into a bug report." in text
+
+
+def test_doctor_wants_folders_that_can_be_written(monkeypatch):
+    import sphkv_compile.doctor as doctor
+
+    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
+    with pytest.raises(PermissionError, match="TORCHINDUCTOR_CACHE_DIR or XDG_CACHE_HOME"):
+        doctor._folders()
 
 
 def test_doctor_fails_when_attention_is_wrong(monkeypatch):
     import sphkv_compile.doctor as doctor
 
+    monkeypatch.setattr(doctor, "_backend", lambda **_: "not now")
     right = doctor.attend
     monkeypatch.setattr(doctor, "attend", lambda *args: right(*args) + 1e-3)
     result = run(app, ["doctor"], env={"COLUMNS": "160"})
-    assert result.exit_code == 1 and "FAILED" in result.output
+    assert result.exit_code == 1 and "FAILED: codecs. Put" in result.output
 
 
 def test_explain_loads_a_folder(tmp_path):
