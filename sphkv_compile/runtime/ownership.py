@@ -9,6 +9,7 @@ no code is ever made from a decoded value.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import threading
@@ -26,8 +27,8 @@ from sphkv_compile.ops import schema
 from sphkv_compile.ops.append import append
 from sphkv_compile.ops.pages import holding, with_positions
 from sphkv_compile.ops.read import dense
-from sphkv_compile.runtime.pool import CHANGES, Pool, arena_bytes, give_back, repeated, unshare
-from sphkv_compile.storage.layout import Layout
+from sphkv_compile.runtime.pool import CHANGES, Pool, arena_bytes, give_back, page_bytes, repeated, unshare
+from sphkv_compile.storage.layout import UNIT, Layout
 from sphkv_compile.storage.state import BASE, FAULT, FROZEN, LENGTH, SPANS, START, Geometry, State, empty_state
 
 LOCK = threading.RLock()
@@ -59,7 +60,12 @@ class Owner:
         self.last_export = ""
         self.frequencies: Tensor | None = None
         pool.owners.add(self)
-        weakref.finalize(self, _give_back, self.pool, self.state.table, self.state.tiers, layout, geometry)
+        self._pages_go_back()
+
+    def _pages_go_back(self) -> None:
+        """Once I am dead. The garbage collector may come by in the midst of anything, so it only leaves a note."""
+        state = self.state
+        weakref.finalize(self, self.pool.dead.append, (state.table, state.tiers, self.layout, self.geometry))
 
     def learn_frequencies(self, angles: Tensor, position: int) -> None:
         """How far one token turns each rotary pair, from the angles of a call's tokens; ``frequencies`` is float32[R /
@@ -226,7 +232,7 @@ class Owner:
                 new[:, :, : was.shape[2]] = was
         self.state = state
         CHANGES[0] += 1
-        weakref.finalize(self, _give_back, self.pool, state.table, state.tiers, self.layout, self.geometry)
+        self._pages_go_back()
         old.table.fill_(-1)  # its pages now belong to the new table
 
     # ---- rows
@@ -261,9 +267,9 @@ class Owner:
                 here.copy_(now)
             return
         self.state = state
-        old.table.fill_(-1)  # its pages now belong to the new table
         CHANGES[0] += 1
-        weakref.finalize(self, _give_back, self.pool, state.table, state.tiers, self.layout, geometry)
+        self._pages_go_back()
+        old.table.fill_(-1)  # its pages now belong to the new table
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Owner:
         twin = Owner(self.layout, self.geometry, copy.deepcopy(self.pool, memo), self.handles, self.scale)
@@ -274,17 +280,40 @@ class Owner:
         memo[id(self)] = twin
         return twin
 
+    def with_rows(self, rows: Tensor, memo: dict[int, Any]) -> Owner:
+        """A copy that holds these of my rows, in this order, each as often as it is named. Sites that are copied with
+        one ``memo`` share a pool.
+
+        Shapes: ``rows`` int64[N].
+        """
+        g = self.geometry._replace(batch=len(rows))
+        with torch.inference_mode(False):
+            if id(self.pool) not in memo:
+                memo[id(self.pool)] = self.pool.for_rows(g.batch, self.geometry.batch)
+            twin = Owner(self.layout, g, pool := memo[id(self.pool)], self.handles, self.scale)
+            for name, new, was in zip(twin.state._fields[1:], twin.state[1:], self.state[1:]):
+                if name != "table":
+                    new.copy_(was[rows])
+            table, tiers = self.state.table[rows], twin.state.tiers
+            sizes = [page_bytes(self.layout, g, tier) for tier in range(len(self.layout.tiers))]
+            used = sum(int(((table >= 0) & (tiers == tier)).sum()) * size for tier, size in enumerate(sizes))
+            if pool.arena.used + used > pool.arena.nbytes:
+                pool.resize(pool.arena.used + used)
+            new_pages, pages = (arena.view(-1, UNIT) for arena in (pool.arena.data, self.state.arena))
+            for tier, size in enumerate(sizes):
+                here = (table >= 0) & (tiers == tier)
+                was, units = table[here].long(), torch.arange(size // UNIT, device=table.device)
+                now = torch.tensor(pool.arena.take(size, len(was)), dtype=torch.int64, device=table.device)
+                new_pages[now.unsqueeze(-1) + units] = pages[was.unsqueeze(-1) + units]
+                twin.state.table[here] = now.to(table.dtype)
+        twin.exports, twin.frequencies = 1, self.frequencies
+        return twin
+
 
 def _fill(t: Tensor, content: Tensor) -> None:
     with torch.inference_mode(t.is_inference()):  # outside of that mode, its tensors cannot be written
         t.untyped_storage().resize_(t.numel() * t.element_size())
         t.copy_(content)
-
-
-def _give_back(pool: Pool, table: Tensor, tiers: Tensor, layout: Layout, g: Geometry) -> None:
-    with _plain(), _disable_current_modes():  # the garbage collector may come by while a graph is being traced
-        there = (table >= 0) & ~repeated(table)
-        give_back(table[there], tiers[there], layout, g, pool.arena)
 
 
 _T = torch.Tensor
@@ -301,8 +330,32 @@ _METADATA = {
 
 
 _GROWS_OR_CROPS = {torch.cat, _T.__getitem__, _T.narrow}
+_CHOOSES_ROWS = {torch.index_select, _T.index_select, torch.repeat_interleave, _T.repeat_interleave, _T.__getitem__}
 HEIRS = WeakTensorKeyDictionary()
-"""What eager code made of a growing cache's tensor, to the owner of that tensor: its codes may serve on."""
+"""What eager code made of a cache's tensor, to the owner of that tensor, whose codes may serve on, and the rows that
+were chosen, or None for all as they were."""
+
+
+def _inherits(func: Any, args: tuple, kwargs: dict, out: Any) -> None:
+    """Remember whose codes ``out`` may go on with, if its content is that of a cache's tensor in other rows, or of a
+    growing cache's tensor that is longer or shorter now. An import compares, so a wrong guess costs time only."""
+    cache = next((leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Guarded)), None)
+    owner = owner_of(cache)
+    if cache is None or owner is None or not isinstance(out, Tensor) or out.dim() != 4:
+        return
+    if func in _CHOOSES_ROWS and out.shape[1:] == cache.shape[1:] and args and args[0] is cache:
+        numbers = torch.arange(cache.shape[0], device=cache.device).view(-1, 1, 1, 1)
+        with contextlib.suppress(IndexError, RuntimeError):  # rows were not what it chose from
+            rows = func(numbers, *args[1:], **kwargs)
+            if rows.shape == (out.shape[0], 1, 1, 1) and _may_choose(owner, len(rows)):
+                HEIRS[out] = owner, rows.flatten()
+    elif func in _GROWS_OR_CROPS and owner.handles:
+        HEIRS[out] = owner, None
+
+
+def _may_choose(owner: Owner, rows: int) -> bool:
+    """A budget is for a number of rows; caches of another one begin anew with theirs."""
+    return rows == owner.geometry.batch or owner.pool.retention is None
 
 
 class Guarded(torch.Tensor):
@@ -322,8 +375,7 @@ class Guarded(torch.Tensor):
                 restore(leaf, getattr(func, "__name__", str(func)))
             with _plain():
                 out = func(*args, **kwargs)
-            if func in _GROWS_OR_CROPS and leaves and (owner := owner_of(leaves[0])) and owner.handles:
-                HEIRS[out] = owner
+                _inherits(func, args, kwargs, out)
             return out
         with _plain():
             return func(*args, **kwargs)
@@ -355,14 +407,22 @@ def owner_of(t: Any) -> Owner | None:
 
 
 def heir_of(k: Tensor, v: Tensor, layout: Layout, memo: dict[int, Any]) -> Owner | None:
-    """An owner for a grown cache that eager code has grown further, or cropped: it starts from a copy of the codes of
-    the tensors that these were made from, and the import finds out how far they still hold."""
-    owner = HEIRS.get(k)
-    if owner is None or owner is not HEIRS.get(v) or owner.layout != layout:
+    """An owner for tensors that eager code has made of a cache's: it starts from a copy of the codes, and the import
+    finds out how far they still hold."""
+    (owner, rows), (other, other_rows) = (HEIRS.get(t, (None, None)) for t in (k, v))
+    if owner is None or owner is not other or owner.layout != layout or (rows is None) != (other_rows is None):
         return None
+    if not owner.handles:  # k and v live on, with an owner of their own
+        HEIRS.pop(k)
+        HEIRS.pop(v)
     g = owner.geometry
-    was = (g.batch, g.heads, g.k_dim, g.v_dim, g.k_dtype, g.v_dtype)
-    return copy.deepcopy(owner, memo) if was == (*k.shape[:2], k.shape[3], v.shape[3], k.dtype, v.dtype) else None
+    batch = g.batch if rows is None else len(rows)
+    if (batch, g.heads, g.k_dim, g.v_dim, g.k_dtype, g.v_dtype) != (
+        *k.shape[:2], k.shape[3], v.shape[3], k.dtype, v.dtype,
+    ) or not (owner.handles or g.capacity == k.shape[2]):  # fmt: skip
+        return None
+    with LOCK, _plain(), torch.no_grad(), _disable_current_modes():
+        return copy.deepcopy(owner, memo) if rows is None else owner.with_rows(rows, memo)
 
 
 def restore(t: Tensor, why: str) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from sphkv_compile.ops.pages import holding, pages_in_use
 from sphkv_compile.runtime.sites import TABLES, counters, stacked, together
@@ -40,7 +41,8 @@ class Pool:
     """
 
     def __init__(self, nbytes: int, plan_every: int, device: torch.device, retention: Retention | None = None):
-        self.arena = Arena(nbytes, device)
+        self.dead: list[tuple[Tensor, Tensor, Layout, Geometry]] = []
+        self._arena = Arena(nbytes, device)
         self.plan_every, self.retention = plan_every, retention
         self.owners: weakref.WeakSet[Owner] = weakref.WeakSet()
         self.tokens_left = self.queries = 0
@@ -51,10 +53,31 @@ class Pool:
         """The same pages at the same offsets, without owners: who is copied joins."""
         twin = copy.copy(self)
         memo[id(self)] = twin
-        twin.arena, twin.owners = copy.deepcopy(self.arena, memo), weakref.WeakSet()
+        twin.arena, twin.owners, twin.dead = copy.deepcopy(self.arena, memo), weakref.WeakSet(), []
         if self.retention is not None:
             twin.retention = self.retention.anew()
         return twin
+
+    @torch.inference_mode(False)
+    def for_rows(self, rows: int, of: int) -> Pool:
+        """An empty one, with as much room for ``rows`` rows as this has for ``of``."""
+        units = self.arena.nbytes // UNIT * rows
+        retention = None if self.retention is None else self.retention.anew()
+        return Pool(-(-units // of) * UNIT, self.plan_every, self.arena.data.device, retention)
+
+    @property
+    def arena(self) -> Arena:
+        """Where the pages lie. Those of owners that have died, whose tables are in ``dead``, are free first."""
+        while self.dead:
+            with torch._C.DisableTorchFunctionSubclass(), _disable_current_modes():
+                table, tiers, layout, g = self.dead.pop()
+                there = (table >= 0) & ~repeated(table)
+                give_back(table[there], tiers[there], layout, g, self._arena)
+        return self._arena
+
+    @arena.setter
+    def arena(self, arena: Arena) -> None:
+        self._arena = arena
 
     @property
     def members(self) -> list[Owner]:
@@ -122,9 +145,9 @@ class Pool:
     def resize(self, nbytes: int) -> None:
         """An arena of ``nbytes``, or of what is used if that is more, in which pages lie without holes. One of the same
         size stays where it is, so that a captured graph finds it."""
+        members = self.members  # who dies from here on does so with the new offsets
         arena = self._allocated(max(nbytes, self.arena.used))
         old, new = self.arena.data.view(-1, UNIT), arena.data.view(-1, UNIT)
-        members = self.members
         for group in together(members):
             sites = stacked(group, TABLES)
             table, tiers = sites.state.table, sites.state.tiers

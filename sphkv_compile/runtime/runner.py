@@ -250,7 +250,7 @@ def _usable_owner(binding: Binding, k: Tensor, v: Tensor, memo: dict[int, Any]) 
     for t in (k, v):
         if type(t) is Guarded:
             restore(t, "a graph that stores the cache otherwise")
-    return heir_of(k, v, binding.layout, memo) if binding.outputs else None
+    return heir_of(k, v, binding.layout, memo)
 
 
 def _geometry(binding: Binding, k: Tensor, v: Tensor) -> Geometry:

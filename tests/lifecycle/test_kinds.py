@@ -143,7 +143,9 @@ class TestSliding:
         token = log.call(m.eager, cache, token)  # an eager step rolls the dense window
         token = log.decode(step, cache, token, 10)
         token = log.call(m.eager, cache, torch.cat([token, prompt(4, 2)], 1))  # a turn that crosses the window
-        log.decode(step, cache, token, 10)
+        token = log.decode(step, cache, token, 10)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        log.decode(step, cache, token[[1, 0]], 10)
         return cache
 
     def test_through_the_edge_and_on(self, compiled):

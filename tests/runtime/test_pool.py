@@ -1,7 +1,10 @@
 """Plans: pages are there before a step needs them, and come back when a policy lets go."""
 
+import gc
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode, in_kernel_invocation_manager
 
 from sphkv_compile.ops.append import append
 from sphkv_compile.ops.read import dense
@@ -114,6 +117,19 @@ def test_a_row_that_a_device_could_not_write_is_an_error_at_the_next_plan():
         owner.pool.plan(1)
     owner.export("eager code reads it")
     assert owner.state.rows[1, FROZEN] == 1  # what it holds is sound, and may be taken over again
+
+
+def test_who_dies_while_a_graph_is_traced_gives_its_pages_back():
+    """The garbage collector may come by inside of a fake tensor's kernel, where every real tensor counts as meta."""
+    owner = made()
+    owner.pool.step(100)
+    append(owner.state, LAYOUT, *random_tokens(owner.geometry, 100), 0, [0, 0])
+    pool = owner.pool
+    assert pool.arena.used > 0
+    with FakeTensorMode() as mode, in_kernel_invocation_manager(mode):
+        del owner
+        gc.collect()
+    assert pool.arena.used == 0
 
 
 def test_sites_of_one_kind_go_in_nearly_equal_groups():
