@@ -49,6 +49,7 @@ def explain(
 ) -> None:
     """Say what the backend does with each attention of a model, and from which length on it pays."""
     from sphkv_compile.eval.order import DTYPES, one_of
+    from sphkv_compile.explain import coded_length
     from sphkv_compile.explain import explain as explain_model
     from sphkv_compile.integrations.models import find, load
     from sphkv_compile.integrations.transformers import decode_step
@@ -60,8 +61,9 @@ def explain(
         find(model)
     with console.status(f"loading {model}"):
         loaded, _ = load(model, dtype=getattr(torch, dtype))
+    filled = min(coded_length(CacheSpec.from_options(options)), length - 1)
     with console.status("tracing one decode step"):
-        console.print(explain_model(loaded, options=options, **decode_step(loaded, capacity=length)))
+        console.print(explain_model(loaded, options=options, **decode_step(loaded, filled, length)))
 
 
 @app.command()

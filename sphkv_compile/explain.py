@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,8 +17,10 @@ from sphkv_compile.backend import backend
 from sphkv_compile.passes.match import Verdict
 from sphkv_compile.passes.rewrite import geometry
 from sphkv_compile.patterns import Site
+from sphkv_compile.report import noise_warning, report
 from sphkv_compile.runtime import log
 from sphkv_compile.runtime.breakeven import LENGTHS, break_even
+from sphkv_compile.runtime.certificate import Certificate
 from sphkv_compile.spec import CacheSpec, human, parse_bytes
 from sphkv_compile.storage.layout import Layout
 from sphkv_compile.testing.clock import timed
@@ -58,6 +60,8 @@ class Explanation:
     Args:
         spec: what is stored: where a budget was given, the tier that it buys for all tokens, or its bytes and who
             chooses.
+        flagged: (site, certificate) of heads whose logits would be too noisy at the key bits given, as
+            :class:`sphkv_compile.report.Report` has them; seen only where the traced call met a span of coded tokens.
         break_even: cached tokens from which a decode step's attention is predicted faster than dense on this device;
             None where it never is up to the longest length tried, nothing matched, or a policy chooses.
 
@@ -69,6 +73,7 @@ class Explanation:
     graphs: int
     break_even: int | None
     device: str
+    flagged: list[tuple[int, Certificate]] = field(default_factory=list)
 
     @property
     def matched(self) -> int:
@@ -93,6 +98,8 @@ class Explanation:
             )
             replayed = ', in CUDA graphs (mode="reduce-overhead")' if self.device.startswith("cuda") else ""
             yield Text(f"The attention alone is predicted faster than dense on {self.device}{replayed}: {text}.")
+        if self.flagged:
+            yield noise_warning(self.flagged)
         if not self.rows:
             yield Text("No attention was found. Is the model called with its cache, under no_grad?")
 
@@ -102,17 +109,18 @@ def explain(
 ) -> Explanation:
     """Trace ``model(*args, **kwargs)`` and say what the backend does with each attention in it.
 
-    The call runs on copies, dense and uncompiled; the model's caches are as before. With no inputs, a transformers
-    model is traced at one decode step over a StaticCache with room for 4,096 tokens, which a budget is then for.
+    The call runs on copies, uncompiled; the model's caches are as before. With no inputs, a transformers model is
+    traced at one decode step over a StaticCache with room for 4,096 tokens, which a budget is then for.
 
     Args:
         options: as for ``torch.compile(..., options=...)``.
-        measure: time attention on this device to predict the break-even length.
+        measure: time attention on this device to predict the break-even length; and, with no inputs, fill the cache
+            with random tokens until some are coded, so that keys too large or too biased for their bits are seen.
     """
-    if not args and not kwargs:
-        args, kwargs = (), _example_call(model)
     options = {**(options or {}), "inductor": False, "strict": False}
     spec = CacheSpec.from_options(options)
+    if not args and not kwargs:
+        args, kwargs = (), _example_call(model, coded_length(spec) if measure else 4)
     args, kwargs = copy.deepcopy((args, kwargs))
     seen: list[log.Compiled] = []
     with torch.no_grad(), log.listening(seen.append):
@@ -125,14 +133,23 @@ def explain(
     if sites and measure and not spec.chooses:
         layout = next(g for g in seen if g.rewritten).rewritten.bindings[0].layout
         even = break_even(layout, geometry(sites[0]), device, lambda run: timed([run]) * 1e-6)
-    return Explanation(rows, spec, len(seen), even, str(device))
+    try:
+        flagged = report((args, kwargs, model)).flagged
+    except ValueError:  # nothing is held as codes
+        flagged = []
+    return Explanation(rows, spec, len(seen), even, str(device), flagged)
+
+
+def coded_length(spec: CacheSpec) -> int:
+    """Tokens after which two spans are coded, and a certificate has something to go by."""
+    return spec.sink + spec.window + 2 * spec.span
 
 
 def _call(model: Callable) -> Callable:
     return model.forward if isinstance(model, torch.nn.Module) else model
 
 
-def _example_call(model: Callable) -> dict:
+def _example_call(model: Callable, filled: int) -> dict:
     """One decode step of a transformers model over a static cache."""
     if not hasattr(model, "config"):
         raise TypeError(
@@ -141,7 +158,7 @@ def _example_call(model: Callable) -> dict:
         )
     from sphkv_compile.integrations.transformers import decode_step
 
-    return decode_step(model)
+    return decode_step(model, filled)
 
 
 def _rows(number: int, graph: log.Compiled) -> Iterator[SiteRow]:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sphkv_compile.ops.pages import with_positions
-from sphkv_compile.runtime.certificate import LIMIT, Certificate, certificate
+from sphkv_compile.runtime.certificate import LIMIT, Certificate, bits_within_limit, certificate
 from sphkv_compile.runtime.ownership import Owner, owner_of
 from sphkv_compile.runtime.pool import repeated
 from sphkv_compile.spec import human
@@ -143,12 +143,18 @@ class Report:
         yield _totals(self)
         yield _by_site(self)
         if self.flagged:
-            yield Text(
-                f"{len(self.flagged)} heads have logit noise over {LIMIT} (biased or very large keys): "
-                + ", ".join(f"site {i} head {c.head}" for i, c in self.flagged[:8])
-                + ". Give their keys more bits.",
-                style="bold yellow",
-            )
+            yield noise_warning(self.flagged)
+
+
+def noise_warning(flagged: list[tuple[int, Certificate]]) -> Text:
+    """Which heads (site, certificate) are over the limit, and what helps."""
+    heads = ", ".join(f"site {i} head {c.head}" for i, c in flagged[:8]) + ", ..." * (len(flagged) > 8)
+    enough = bits_within_limit(max(c.kappa for _, c in flagged))
+    return Text(
+        f"{len(flagged)} heads have logit noise over {LIMIT} (biased or very large keys): {heads}. "
+        f"Give their keys more bits: K{enough}V4 is enough.",
+        style="bold yellow",
+    )
 
 
 def report(obj: Any) -> Report:

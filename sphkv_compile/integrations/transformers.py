@@ -15,7 +15,7 @@ def cache_keyword(model: Any) -> str:
 
 
 def decode_step(model: Any, filled: int = 4, capacity: int = 4096) -> dict[str, Any]:
-    """Inputs of one decode step over a StaticCache that holds ``filled`` tokens and has room for ``capacity``.
+    """Inputs of one decode step over a StaticCache that holds ``filled`` random tokens and has room for ``capacity``.
 
     Units: tokens.
     """
@@ -25,6 +25,7 @@ def decode_step(model: Any, filled: int = 4, capacity: int = 4096) -> dict[str, 
     cache = StaticCache(config=config, max_cache_len=capacity)
     device = next(model.parameters()).device
     keyword = cache_keyword(model)
+    ids = torch.randint(config.vocab_size, (1, filled + 1), generator=torch.Generator().manual_seed(0)).to(device)
     with torch.no_grad():
-        model(torch.zeros(1, filled, dtype=torch.int64, device=device), use_cache=True, **{keyword: cache})
-    return {"input_ids": torch.zeros(1, 1, dtype=torch.int64, device=device), "use_cache": True, keyword: cache}
+        model(ids[:, :filled], use_cache=True, **{keyword: cache})
+    return {"input_ids": ids[:, filled:], "use_cache": True, keyword: cache}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sphkv_compile.codecs.codebook import mse
 from sphkv_compile.ops.pages import radii, read_pages, span_slots, with_positions
-from sphkv_compile.spec import PASSTHROUGH
+from sphkv_compile.spec import BITS, PASSTHROUGH
 from sphkv_compile.storage.layout import Layout
 from sphkv_compile.storage.state import START, State
 
@@ -62,6 +62,11 @@ def certificate(state: State, layout: Layout, scale: float | None) -> list[Certi
         for h in range(held.shape[1])
         if bool(held[b, h].any()) and seen[b, h] > 0
     ]
+
+
+def bits_within_limit(kappa: float) -> int:
+    """The fewest key bits at which a head's logit noise is within the limit; 16 where no code is that fine."""
+    return next((bits for bits in BITS if bits == PASSTHROUGH or kappa * mse(bits) <= LIMIT), PASSTHROUGH)
 
 
 def kappa(state: State, layout: Layout, scale: float | None) -> Tensor:

@@ -106,3 +106,50 @@ def test_sliding_windows_beside_a_budget_are_explained_as_uniform():
 def test_it_prints():
     text = shown(sphkv_compile.explain(tiny("llama"), measure=False))
     assert "static_index" in text and "2 of 2 attentions matched, in 1 graph, at K4V4." in text
+
+
+@pytest.mark.parametrize(("size", "enough"), [(1, None), (300, 16)])
+def test_r5_biased_keys_are_seen_before_use(size, enough):
+    """Qwen2's and Qwen2.5's failure. The bias at ``size`` times the spread of the keys turns within a span, so that no
+    anchor holds it.
+
+    Bug: nothing is said before a model's logits are noise.
+    """
+    model = biased(size)
+    e = sphkv_compile.explain(model)
+    text = shown(e)
+    if enough is None:
+        assert not e.flagged and "logit noise" not in text
+        return
+    assert len(e.flagged) == 2 * 2  # every head of both layers
+    assert "4 heads have logit noise over 1.0" in text and f"K{enough}V4 is enough" in text
+    wide = sphkv_compile.explain(model, options={"bits": f"K{enough}V4"})
+    assert not wide.flagged
+
+
+def test_r5_the_bits_that_are_named_are_enough():
+    """A bias in between: 8 bits hold what 4 do not, and the heads that the warning is about are quiet then."""
+    model = biased(12)
+    e = sphkv_compile.explain(model)
+    assert e.flagged and "K8V4 is enough" in shown(e)
+    assert not sphkv_compile.explain(model, options={"bits": "K8V4"}).flagged
+
+
+def test_r5_a_users_own_call_is_looked_at_too():
+    """With the keys that are in the cache, and the cache left as it was."""
+    model, found = biased(300), {}
+    for filled in (4, 300):
+        step = decode_step(model, filled, 512)
+        found[filled] = sphkv_compile.explain(model, measure=False, **step).flagged
+        assert type(step[cache_keyword(model)].layers[0].keys) is torch.Tensor
+    assert not found[4] and len(found[300]) == 4
+
+
+def biased(size):
+    """A Qwen2 whose key biases are ``size`` times the spread of its keys."""
+    model = tiny("qwen2", head_dim=16)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            spread = layer.self_attn.k_proj.weight.std() * model.config.hidden_size**0.5
+            layer.self_attn.k_proj.bias.normal_().mul_(size * spread)
+    return model
