@@ -104,6 +104,21 @@ def owners(cache) -> list[Owner]:
     return [owner_of(layer.keys) for layer in cache.layers]
 
 
+def codes(owner):
+    """All that a cache holds, pages in the order of the tokens."""
+    state, g = owner.state, owner.geometry
+    size = owner.layout.page_bytes(owner.layout.tiers[0], g.k_dim, g.v_dim, g.itemsize) // 64
+    held = (state.positions >= 0).any(-1)
+    pages = state.arena.view(-1, 64)[state.table[held].long().unsqueeze(-1) + torch.arange(size)]
+    names = ("positions", "anchors", "span_scales", "pair_scale", "rows")
+    return [pages, *(getattr(state, name).clone() for name in names)]
+
+
+def assert_codes_equal(a, b):
+    for x, y in zip(a, b, strict=True):
+        assert torch.equal(x, y)
+
+
 def assert_same(got: Log, expected: Log, tolerance: float = 2e-5) -> None:
     """Tokens equal, logits to the rounding of two layers in float32.
 

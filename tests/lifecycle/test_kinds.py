@@ -175,11 +175,11 @@ def test_a_growing_cache_passes_its_first_capacity_without_compiling():
 
 
 def test_five_generations_with_five_caches_compile_once():
-    """R12."""
+    """R12; and a cache that its user drops is freed, whatever generate() keeps (R13)."""
     model = tiny("llama", layers=1)
     config = CompileConfig(backend="sphkv", mode=None, options=OPTIONS)
     config._compile_all_devices = True
-    counts = []
+    counts, arenas = [], []
     for seed in range(5):
         ids = prompt(12, seed, batch=1)
         call = dict(do_sample=False, max_new_tokens=30, attention_mask=torch.ones_like(ids))
@@ -189,7 +189,11 @@ def test_five_generations_with_five_caches_compile_once():
         assert torch.equal(got, expected)
         assert report(cache).encoded_tokens > 0
         counts.append(graphs())
+        arenas += [weakref.ref(o.pool.arena.data) for o in owners(cache)]
     assert counts[0] == counts[-1] and graph_log.GRAPHS
+    del cache
+    gc.collect()
+    assert [arena() for arena in arenas] == [None] * 5
 
 
 class TestPadding:

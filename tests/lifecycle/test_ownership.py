@@ -10,28 +10,24 @@ import weakref
 
 import pytest
 import torch
-from runs import CACHE, OPTIONS, Log, assert_same, assert_same_content, content, owners, prompt
+from runs import (
+    CACHE,
+    OPTIONS,
+    Log,
+    assert_codes_equal,
+    assert_same,
+    assert_same_content,
+    codes,
+    content,
+    owners,
+    prompt,
+)
 
 import sphkv_compile
 from sphkv_compile import report
 from sphkv_compile.ops import schema
 from sphkv_compile.runtime import log as graph_log
 from sphkv_compile.runtime.ownership import Guarded, exclusive, owner_of
-
-
-def codes(owner):
-    """All that a cache holds, pages in the order of the tokens."""
-    state, g = owner.state, owner.geometry
-    size = owner.layout.page_bytes(owner.layout.tiers[0], g.k_dim, g.v_dim, g.itemsize) // 64
-    held = (state.positions >= 0).any(-1)
-    pages = state.arena.view(-1, 64)[state.table[held].long().unsqueeze(-1) + torch.arange(size)]
-    names = ("positions", "anchors", "span_scales", "pair_scale", "rows")
-    return [pages, *(getattr(state, name).clone() for name in names)]
-
-
-def assert_codes_equal(a, b):
-    for x, y in zip(a, b, strict=True):
-        assert torch.equal(x, y)
 
 
 def generated(m, count=50):

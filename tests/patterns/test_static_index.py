@@ -361,6 +361,26 @@ def values_laid_out_the_other_way(c, x):
     return sdpa(x, c.k, c.v.mT.contiguous().mT, x.mask)
 
 
+@toys("unknown_write", detail="permute", columns=16, held=8)
+def keys_read_with_tokens_and_dimensions_exchanged(c, x):
+    """(0, 1, 3, 2) for (0, 1, 2, 3), where both are of one shape."""
+    put(c, x)
+    return sdpa(x, c.k.permute(0, 1, 3, 2), c.v, x.mask[..., :16])
+
+
+@toys("unknown_write", detail="permute", heads=HQ, columns=HQ, held=2)
+def keys_read_with_heads_and_tokens_exchanged(c, x):
+    """(0, 2, 1, 3) for (0, 1, 2, 3), where both are of one shape."""
+    put(c, x)
+    return sdpa(x, c.k.permute(0, 2, 1, 3), c.v, x.mask[..., :HQ])
+
+
+@toys("unknown_write", detail="permute", heads=HQ, columns=HQ, held=2)
+def both_read_with_heads_and_tokens_exchanged(c, x):
+    put(c, x)
+    return sdpa(x, c.k.transpose(1, 2), c.v.transpose(1, 2), x.mask[..., :HQ])
+
+
 @toys("unknown_write", detail="mul")
 def keys_scaled_at_reading(c, x):
     put(c, x)
