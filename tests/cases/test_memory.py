@@ -98,6 +98,7 @@ def test_r13_resident_and_peak_bytes_are_below_the_static_cache():
     assert held.resident_bytes < dense_bytes / 3
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_r13_half_the_budget_is_half_the_pages():
     """Pages in use of a cache that drops tokens; what does not grow is beside.

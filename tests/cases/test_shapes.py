@@ -59,7 +59,7 @@ def test_r6_every_head_dim_and_group():
 YARN = dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=1024))
 ROTARY = [
     pytest.param("glm", {}, "interleaved", 8, id="partial and interleaved"),
-    pytest.param("llama", YARN, "half", 16, id="yarn"),
+    pytest.param("llama", YARN, "half", 16, marks=slow, id="yarn"),
     pytest.param("phi3", {}, "half", 8, marks=slow, id="partial"),
     pytest.param("cohere", {}, "interleaved", 16, marks=slow, id="interleaved"),
 ]
@@ -107,7 +107,8 @@ def check_step(family, fields, rope, rotary_dim):
     assert_same(got, expected)
 
 
-@pytest.mark.parametrize("family", ["mistral", pytest.param("gemma3", marks=slow)])
+@slow
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
 def test_r4_prompts_that_end_about_the_edge_of_the_window(family):
     """One before it to three beyond it, then on past the next lap: tokens, logits and contents are the dense ones.
 

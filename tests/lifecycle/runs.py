@@ -35,8 +35,8 @@ def _fresh():
 class Compiled:
     """A tiny model, eager and compiled, and the caches that it takes."""
 
-    def __init__(self, family: str = "llama", kind: str = "static", **options):
-        self.model, self.kind = tiny(family), kind
+    def __init__(self, family: str = "llama", kind: str = "static", layers: int = 2, **options):
+        self.model, self.kind = tiny(family, layers=layers), kind
         self.eager = self.model.forward
         options = {**OPTIONS, **options}
         self.step = torch.compile(
@@ -54,12 +54,12 @@ _MODELS: dict[tuple, Compiled] = {}
 
 @pytest.fixture(scope="session")
 def compiled() -> Callable[..., Compiled]:
-    """``compiled(family, kind, **options)``: made at the first call."""
+    """``compiled(family, kind, layers, **options)``: made at the first call."""
 
-    def get(family: str = "llama", kind: str = "static", **options) -> Compiled:
-        key = family, kind, *sorted(options.items())
+    def get(family: str = "llama", kind: str = "static", layers: int = 2, **options) -> Compiled:
+        key = family, kind, layers, *sorted(options.items())
         if key not in _MODELS:
-            _MODELS[key] = Compiled(family, kind, **options)
+            _MODELS[key] = Compiled(family, kind, layers, **options)
         return _MODELS[key]
 
     return get
