@@ -14,7 +14,8 @@ FLOORS = (
     ("runtime", "patterns"),
     ("passes",),
     ("backend", "testing", "integrations"),
-    ("explain", "report"),
+    ("report",),
+    ("explain",),
     ("doctor", "bench", "eval", "__init__"),
     ("cli",),
 )
