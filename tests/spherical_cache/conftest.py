@@ -1,5 +1,5 @@
-"""The fixture of these tests; what they run is in ``runs.py``."""
+"""The fixture of these tests; what they run is in ``caches.py``."""
 
-from runs import _fresh
+from caches import _fresh
 
 __all__ = ["_fresh"]

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from runs import CAPACITY, Run, assert_same, compiled, dense, model, prompt, spherical
+from caches import CAPACITY, Run, assert_same, compiled, dense, model, prompt, spherical
 from transformers import DynamicCache, StaticCache, T5Config
 
 import sphkv_compile

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from runs import CAPACITY, SPEC, dense, model, prompt, spherical
+from caches import CAPACITY, SPEC, dense, model, prompt, spherical
 
 from sphkv_compile.integrations.transformers import cache_keyword
 from sphkv_compile.testing.tiny import tiny

@@ -9,9 +9,9 @@ from pathlib import Path
 import hypothesis.strategies as st
 import pytest
 import torch
+from caches import model
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from runs import model
 
 from sphkv_compile import SphericalCache
 

@@ -7,7 +7,7 @@ import tracemalloc
 
 import pytest
 import torch
-from runs import CAPACITY, Run, assert_same, dense, model, prompt, spherical
+from caches import CAPACITY, Run, assert_same, dense, model, prompt, spherical
 
 from sphkv_compile import report
 from sphkv_compile.runtime import pool

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from runs import CAPACITY, Run, compiled, model, prompt, spherical
+from caches import CAPACITY, Run, compiled, model, prompt, spherical
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

@@ -8,7 +8,7 @@ import copy
 
 import pytest
 import torch
-from runs import CAPACITY, Run, assert_same, compiled, dense, model, prompt, spherical
+from caches import CAPACITY, Run, assert_same, compiled, dense, model, prompt, spherical
 
 FAMILIES = {"full": "llama", "sliding": "mistral", "hybrid": "gemma3"}
 
