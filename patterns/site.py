@@ -170,7 +170,8 @@ def check_attention(match: Match) -> Refusal | None:
         if buf.meta["val"].dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return Refusal("dtype", f"{buf.name}: {buf.meta['val'].dtype}")
     heads, group_heads = shape(k_buf)[1], shape(q)[1]
-    if shape(v_buf)[1] != heads or group_heads % heads or (group_heads != heads and not c["enable_gqa"]):
+    grouped = c["enable_gqa"] or heads == 1  # torch broadcasts a single kv head to all query heads, as a group of them
+    if shape(v_buf)[1] != heads or group_heads % heads or (group_heads != heads and not grouped):
         return Refusal("head_counts", f"{group_heads} query heads, {heads} and {shape(v_buf)[1]} in the cache")
     return _check_head_dim(k_buf) or _check_head_dim(v_buf) or _check_mask(match) or _check_values(match)
 

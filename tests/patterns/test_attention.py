@@ -22,10 +22,23 @@ def dropout(c, x):
     return sdpa(x, c.k, c.v, x.mask, dropout_p=0.5).isfinite()
 
 
-@toys("head_counts", heads=1, detail="4 query heads, 1 and 1")
+@toys("static_index", (5, 1, 1), batch=2, heads=1)
 def one_kv_head_broadcast_without_gqa(c, x):
+    """Falcon's multi-query attention."""
     put(c, x)
     return sdpa(x, c.k, c.v, x.mask, enable_gqa=False)
+
+
+@toys("head_counts", heads=1, v_heads=HQ, detail="4 query heads, 1 and 4")
+def one_key_head_for_many_of_values(c, x):
+    put(c, x)
+    return sdpa(x, c.k, c.v, x.mask, enable_gqa=False)
+
+
+@toys("head_counts", v_heads=1, detail="4 query heads, 2 and 1")
+def one_value_head_for_many_of_keys(c, x):
+    put(c, x)
+    return sdpa(x, c.k, c.v, x.mask)
 
 
 @toys("head_dim", dim=104, detail="the nearest are 96 and 112")

@@ -46,7 +46,8 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Shape:
-    """What a toy needs of its cache: ``held`` of ``columns`` are filled, but for the last row's first ``padding``."""
+    """What a toy needs of its cache: ``held`` of ``columns`` are filled, but for the last row's first ``padding``;
+    ``v_heads`` only where values have other heads than keys."""
 
     batch: int = 1
     heads: int = H
@@ -55,6 +56,7 @@ class Shape:
     padding: int = 0
     dim: int = D
     v_dim: int = D
+    v_heads: int | None = None
     dtype: torch.dtype = torch.float32
 
 
@@ -67,9 +69,9 @@ class Cache(nn.Module):
     def __init__(self, function: Callable[[Cache, Step], Any], shape: Shape):
         super().__init__()
         self.function = function
-        for name, dim in (("k", shape.dim), ("v", shape.v_dim)):
-            content = torch.zeros(shape.batch, shape.heads, shape.columns, dim, dtype=shape.dtype)
-            content[:, :, : shape.held] = torch.randn(shape.batch, shape.heads, shape.held, dim)
+        for name, heads, dim in (("k", shape.heads, shape.dim), ("v", shape.v_heads or shape.heads, shape.v_dim)):
+            content = torch.zeros(shape.batch, heads, shape.columns, dim, dtype=shape.dtype)
+            content[:, :, : shape.held] = torch.randn(shape.batch, heads, shape.held, dim)
             content[-1, :, : shape.padding] = 0
             self.register_buffer(name, content, persistent=False)
 
@@ -81,7 +83,7 @@ def steps(chunks: Sequence[int], shape: Shape) -> Iterator[Step]:
     """Consecutive calls that bring ``chunks`` tokens each."""
     start = shape.held
     for t in chunks:
-        sizes = ((HQ, shape.dim), (shape.heads, shape.dim), (shape.heads, shape.v_dim))
+        sizes = ((HQ, shape.dim), (shape.heads, shape.dim), (shape.v_heads or shape.heads, shape.v_dim))
         q, k, v = (torch.randn(shape.batch, heads, t, dim, dtype=shape.dtype) for heads, dim in sizes)
         mask = torch.ones(t, shape.columns + sum(chunks), dtype=torch.bool).tril(start)[None, None, :, :L]
         yield Step(q, k, v, torch.arange(start, start + t), start, mask)
