@@ -67,10 +67,15 @@ def tiny(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(model_config, attn_implementation="sdpa", dtype=torch.float32)
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                torch.nn.init.normal_(parameter)
+        draw_biases(model)
     return model.to(device=device, dtype=dtype).eval()
+
+
+def draw_biases(model: torch.nn.Module) -> None:
+    """transformers starts biases at zero, where a lost one would not be noticed."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
 
 
 def tiny_config(family: str, *, layers: int, heads: int, kv_heads: int, head_dim: int, **config: Any) -> Any:
@@ -87,8 +92,25 @@ def tiny_config(family: str, *, layers: int, heads: int, kv_heads: int, head_dim
     if kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"heads={heads}, kv_heads={kv_heads}: heads must be a multiple of kv_heads; try kv_heads=1")
     model_type = _MODEL_TYPE.get(family, family)
+    fields = {**sizes(layers, heads, kv_heads, head_dim), **FAMILIES[family]}
+    if family == "gemma3":
+        fields["layer_types"] = [("sliding_attention", "full_attention")[i % 2] for i in range(layers)]
+    known = vars(AutoConfig.for_model(model_type))
+    unknown = [name for name in config if name not in known and name not in fields]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.0)[0]
+        raise TypeError(f"{family} has no configuration field {unknown[0]!r}; did you mean {near!r}?")
+    return AutoConfig.for_model(model_type, **{**fields, **config})
+
+
+def sizes(layers: int, heads: int, kv_heads: int, head_dim: int) -> dict[str, Any]:
+    """The fields that most configurations share, with weights as wide as this module's docstring asks for.
+
+    Shapes:
+        as :func:`tiny`.
+    """
     hidden = heads * head_dim
-    fields = {
+    return {
         "vocab_size": 128,
         "hidden_size": hidden,
         "intermediate_size": 2 * hidden,
@@ -101,16 +123,7 @@ def tiny_config(family: str, *, layers: int, heads: int, kv_heads: int, head_dim
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": None,
-        **FAMILIES[family],
     }
-    if family == "gemma3":
-        fields["layer_types"] = [("sliding_attention", "full_attention")[i % 2] for i in range(layers)]
-    known = vars(AutoConfig.for_model(model_type))
-    unknown = [name for name in config if name not in known and name not in fields]
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.0)[0]
-        raise TypeError(f"{family} has no configuration field {unknown[0]!r}; did you mean {near!r}?")
-    return AutoConfig.for_model(model_type, **{**fields, **config})
 
 
 def tiny_gpt_fast(

@@ -18,6 +18,7 @@ from sphkv_compile.eval.record import record_of
 from sphkv_compile.eval.tables import means
 from sphkv_compile.spec import CacheSpec
 from sphkv_compile.storage.layout import Layout
+from sphkv_compile.testing.families import FAMILIES, try_family
 
 
 def idiom_table() -> str:
@@ -343,6 +344,16 @@ def geometry_table() -> str:
     return "\n".join(lines)
 
 
+def family_table(rows: list[str]) -> str:
+    """What becomes of each family of transformers' models, from the lines of :class:`~.families.Found`."""
+    cells = [row.strip("| ").split(" | ") for row in rows]
+    whole = sum(matched == of != "0" for matched, of in (row[2].split(" / ") for row in cells))
+    (pin,) = re.findall(r"^transformers==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    head = "| family | model | matched / of | idiom | refused because |"
+    said = f"{len(rows)} families, as transformers {pin} runs them: {whole} matched, {len(rows) - whole} refused."
+    return "\n".join([head, "|---" * 5 + "|", *rows, "", said])
+
+
 PARTS: dict[str, Callable[[], str]] = {"idioms": idiom_table, "refusals": refusal_table, "metadata": metadata_table}
 """From the code alone."""
 MEASURED: dict[str, Callable[[], str]] = {
@@ -364,6 +375,8 @@ NOTES: dict[str, Callable[[], str]] = {"goals": goals_table, "writes": writes_ta
 """From the bench's records, for the performance note."""
 THEORY: dict[str, Callable[[], str]] = {"bounds": bounds_table, "geometry": geometry_table}
 """From the record of how tight the bounds are."""
+TRIED: dict[str, Callable[[], str]] = {"families": lambda: family_table([try_family(f).row() for f in FAMILIES])}
+"""From running models, which takes minutes: a test for each row holds it against its model."""
 FILES = {
     "README.md": PARTS | MEASURED,
     "examples/bench/NOTES.md": NOTES,
@@ -389,4 +402,4 @@ def rendered(text: str, parts: dict[str, Callable[[], str]]) -> str:
 if __name__ == "__main__":
     for name, parts in FILES.items():
         path = ROOT / name
-        path.write_text(rendered(path.read_text(), parts))
+        path.write_text(rendered(path.read_text(), parts | (TRIED if name == "README.md" else {})))

@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
-from readme import FILES, rendered
+from readme import FILES, family_table, rendered
+
+from sphkv_compile.testing.families import FAMILIES
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,3 +39,11 @@ def test_make_targets_exist():
     )
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {"demo", "test"} <= named <= targets
+
+
+def test_families_are_those_that_are_tried():
+    """The rows themselves are held against the models in tests/integrations."""
+    part = re.search(r"<!-- families -->\n(.*?)\n<!-- /families -->", (ROOT / "README.md").read_text(), re.DOTALL)
+    rows = [line for line in part.group(1).splitlines() if line.startswith("| ")][1:]
+    assert [row.split(" | ")[0].strip("| ") for row in rows] == [str(f) for f in FAMILIES], "run: make docs"
+    assert family_table(rows) == part.group(1), "run: make docs"
