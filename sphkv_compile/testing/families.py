@@ -181,7 +181,7 @@ class Found:
         encoded: tokens that were coded, over all layers.
         error: largest difference of a logit from what dense attention gives over the same content of the cache.
         tolerance: what that may be (:func:`tolerance`).
-        lost_key: largest difference of a logit where one cached key of each row and head is lost, for comparison.
+        lost_key: largest difference of a logit where the newest cached key of each head is lost, for comparison.
     """
 
     family: Family
@@ -302,9 +302,9 @@ class _Decoding:
         return twin
 
     def lost_key(self) -> float:
-        """How much the next logits change where one cached key of every layer and head is zero."""
+        """How much the next logits change where the newest cached key of every layer and head is zero."""
         twin, other = copy.deepcopy(self), copy.deepcopy(self)
         for layer in twin.cache.layers:
             if isinstance(keys := getattr(layer, "keys", None), Tensor):
-                keys[:, :, PROMPT // 4] = 0
+                keys[:, :, min(PROMPT, keys.shape[2]) - 1] = 0
         return float((twin.step() - other.step()).abs().max())
