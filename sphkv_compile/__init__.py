@@ -25,4 +25,4 @@ def __getattr__(name: str) -> Any:
         from sphkv_compile.integrations import cache
 
         return getattr(cache, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; expected one of {', '.join(__all__)}")

@@ -80,7 +80,7 @@ class SphericalLayer(CacheLayerMixin):
         """
         if torch.compiler.is_compiling():
             raise RuntimeError(
-                "sphkv: a SphericalCache met a compiled model before it held a token. Prefill in eager code, or call "
+                "sphkv: a compiled model met a SphericalCache that holds no token. Go on after an eager prefill, or call "
                 "cache.early_initialization(batch_size, num_heads, head_dim, dtype, device) first"
             )
         self.restore(self.book.owner(key_states, value_states, self.max_cache_len), 0)
@@ -202,7 +202,9 @@ class SphericalLayer(CacheLayerMixin):
 
 def _read_only(value: Any) -> None:
     if value is not None:
-        raise AttributeError("a SphericalCache is written by update(); its keys and values are decoded copies")
+        raise AttributeError(
+            "keys and values of a SphericalCache are decoded copies; expected new ones to go through update()"
+        )
 
 
 class SlidingLayer(StaticSlidingWindowLayer):
@@ -267,7 +269,7 @@ class SphericalCache(Cache):
         like: Cache = DynamicCache(config=config)
         if max_cache_len is not None:
             like = StaticCache(config, max_cache_len=max_cache_len)
-        self.book, self.max_cache_len = _adopt(like, config, spec), max_cache_len
+        self.book, self.capacity = _adopt(like, config, spec), max_cache_len
         super().__init__(layers=like.layers)
 
     def save(self, path: str | os.PathLike) -> None:

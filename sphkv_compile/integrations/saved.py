@@ -49,7 +49,7 @@ def save(cache: SphericalCache, path: str | os.PathLike) -> None:
             "of sphkv's by name"
         )
     if not cache.get_seq_length():
-        raise ValueError("this SphericalCache holds no token yet; a new one is as good as a saved one")
+        raise ValueError("this SphericalCache holds no token yet; expected one after a prompt")
     tensors: dict[str, Tensor] = {}
     layers = []
     for i, layer in enumerate(cache.layers):
@@ -60,7 +60,7 @@ def save(cache: SphericalCache, path: str | os.PathLike) -> None:
     head = {
         "spec": dataclasses.asdict(book.spec),
         "group": book.group,
-        "max_cache_len": cache.max_cache_len,
+        "max_cache_len": cache.capacity,
         "pool": saved.pool_facts(pool),
         "layers": layers,
     }
@@ -109,23 +109,25 @@ def load(kind: type[SphericalCache], path: str | os.PathLike, config: Any, devic
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no saved cache at {path}")
+        raise FileNotFoundError(f"no saved cache at {path}; expected a file that SphericalCache.save wrote")
     try:
         with safe_open(path, framework="pt") as file:
             meta = file.metadata() or {}
             if meta.get("format") != FORMAT:
                 raise ValueError(f"its header says format {meta.get('format')!r}, expected {FORMAT!r}")
             if meta.get("version") != str(VERSION):
-                raise ValueError(f"it is of version {meta.get('version')}, this release reads {VERSION}")
+                raise ValueError(f"it is of version {meta.get('version')}, expected {VERSION}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if _digest(tensors) != meta.get("digest"):
-            raise ValueError("its tensors are not those that were written")
+            raise ValueError("its tensors are damaged: expected those that were written")
         head = json.loads(meta["cache"])
         return _cache(kind, head, tensors, config, torch.device(device))
     except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as fault:
-        raise ValueError(f"{path} is no saved cache, or is damaged: {type(fault).__name__}: {fault}") from None
+        raise ValueError(
+            f"{path} is damaged, expected a file that SphericalCache.save wrote: {type(fault).__name__}: {fault}"
+        ) from None
     except ValueError as fault:
-        raise ValueError(f"{path} cannot be loaded: {fault}") from None
+        raise ValueError(f"{path}: expected a saved cache for this model: {fault}") from None
 
 
 def _cache(
@@ -133,13 +135,13 @@ def _cache(
 ) -> SphericalCache:
     spec, capacity = CacheSpec(**head["spec"]), head["max_cache_len"]
     if capacity is not None and (type(capacity) is not int or capacity < 1):
-        raise ValueError(f"max_cache_len {capacity!r}")
+        raise ValueError(f"max_cache_len {capacity!r}, expected 1 or more, or none")
     cache = kind(config, capacity, **{n: v for n, v in head["spec"].items() if v != getattr(CacheSpec(), n)})
     names = [type(layer).__name__ for layer in cache.layers]
     if [facts["kind"] for facts in head["layers"]] != names:
         raise ValueError(
-            f"it was written for {len(head['layers'])} layers {_kinds(x['kind'] for x in head['layers'])}; this model "
-            f"has {len(names)}: {_kinds(names)}"
+            f"it is of {len(head['layers'])} layers ({_kinds(x['kind'] for x in head['layers'])}), expected the {len(names)} "
+            f"of this model ({_kinds(names)})"
         )
     cache.book.spec, cache.book.group = spec, int(head["group"])
     parts: list[dict[str, Tensor]] = [{} for _ in names]
@@ -151,7 +153,7 @@ def _cache(
             layout, g = saved.parse(facts)
             expected = cache.book.layout(g.k_dim, g.v_dim, device, layout.kept).stored
             if layout.stored != expected:
-                raise ValueError(f"its pages are stored as {layout.stored}, which {device} has as {expected}")
+                raise ValueError(f"its pages are stored as {layout.stored}, expected {expected} on {device}")
             saved.check(layout, g, part)
             facts["parsed"] = layout, g
     windows = Pool(UNIT, spec.plan_every, device)

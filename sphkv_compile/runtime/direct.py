@@ -147,7 +147,7 @@ class Log:
         if k.shape[:2] != (g.batch, g.heads) or k.shape[3] != g.k_dim or v.shape[3] != g.v_dim:
             raise ValueError(
                 f"sphkv: keys {tuple(k.shape)} and values {tuple(v.shape)} for a cache of {g.batch} rows, {g.heads} kv "
-                f"heads and head_dim {g.k_dim} / {g.v_dim}; cache.reset() keeps these, a new cache has none yet"
+                f"heads and head_dim {g.k_dim} / {g.v_dim}; expected the same; give other shapes a cache of their own"
             )
         tokens = k.shape[2]
         first = self.book.begin(self, tokens)
@@ -197,7 +197,7 @@ class Log:
         if gone := self.owner.dropped:
             raise RuntimeError(
                 f"sphkv: {gone:,} tokens (over rows and kv heads) were dropped to fit the budget, so keys and values "
-                "cannot be read as dense tensors; attention has to be torch's scaled_dot_product_attention "
+                "cannot be read as dense tensors; expected attention through torch's scaled_dot_product_attention "
                 "(attn_implementation='sdpa')"
             )
         with _plain(), torch.no_grad():
@@ -387,7 +387,7 @@ def _attention(
         return None
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key.tokens.k, value.tokens.v)):
         raise RuntimeError(
-            "sphkv: autograd is on, and codes are for inference; use torch.no_grad() or torch.inference_mode()"
+            "sphkv: autograd is on, and codes are for inference; expected torch.no_grad() or torch.inference_mode()"
         )
     return key.tokens.attend(query, attn_mask, is_causal, scale) if (key.side, value.side) == ("k", "v") else None
 

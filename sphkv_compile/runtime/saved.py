@@ -68,18 +68,18 @@ def parse(facts: Any) -> tuple[Layout, Geometry]:
     try:
         g = dict(facts["geometry"])
         if set(g) != set(Geometry._fields) or not isinstance(g["rolling"], bool):
-            raise ValueError(f"geometry {g}")
+            raise ValueError(f"geometry {g}, expected positive sizes")
         g["k_dtype"], g["v_dtype"] = DTYPES[g["k_dtype"]], DTYPES[g["v_dtype"]]
         if any(type(n) is not int or not 0 < n < 1 << 40 for n in map(g.get, NUMBERS)):
-            raise ValueError(f"geometry {g}")
+            raise ValueError(f"geometry {g}, expected positive sizes")
         layout = Layout.parse(str(facts["layout"]))
         if min(layout.span, layout.page) < 1 or min(layout.sink, layout.window) < 0 or layout.span % layout.page:
-            raise ValueError(f"layout {layout}")
+            raise ValueError(f"layout {layout}, expected positive sizes")
         if not isinstance(facts["scale"], (float, type(None))):
-            raise ValueError(f"scale {facts['scale']!r}")
+            raise ValueError(f"scale {facts['scale']!r}, expected a float")
         return layout, Geometry(**g)
     except (KeyError, TypeError, AttributeError, IndexError) as fault:
-        raise ValueError(f"{type(fault).__name__}: {fault}") from None
+        raise ValueError(f"expected a layer's layout and geometry: {type(fault).__name__}: {fault}") from None
 
 
 def check(layout: Layout, g: Geometry, given: dict[str, Tensor]) -> None:
@@ -110,9 +110,10 @@ def check(layout: Layout, g: Geometry, given: dict[str, Tensor]) -> None:
     for column, (low, high) in ({READ: (0, 0)} | limits).items():
         _within(f"rows[{column}]", rows[:, column], low, high)
     assert len(limits) + 1 == WIDTH
-    for row in rows.tolist():
-        if row[START] >= 0 and row[SPANS] > layout.coded_spans(row[LENGTH] - row[START]):
-            raise ValueError(f"rows: {row[SPANS]} coded spans in {row[LENGTH] - row[START]} tokens")
+    for row in rows.tolist():  # a crop may have left codes inside the window
+        end = row[START] + layout.sink + row[SPANS] * layout.span
+        if row[SPANS] and (row[START] < 0 or end > row[LENGTH]):
+            raise ValueError(f"rows: {row[SPANS]} coded spans end at {end}, expected at most at {row[LENGTH]}")
     _within("tiers", tiers, 0, len(layout.tiers) - 1)
     _within("held", given["held"], 0, table.shape[2])
     _within("positions", given["positions"], -1, int(rows[:, LENGTH].max()) - 1)
@@ -120,7 +121,7 @@ def check(layout: Layout, g: Geometry, given: dict[str, Tensor]) -> None:
         _within(f"table, pages of tier {tier}", table[tiers == tier], -1, given[f"pages{tier}"].shape[0] - 1)
     filled = State(arena=torch.empty(0), **{name: given[name] for name in want})
     if not torch.equal(holding(filled, layout), table >= 0):
-        raise ValueError("table: pages are not where the counters say")
+        raise ValueError("table: pages are not where the counters say, expected one for each that holds tokens")
 
 
 def _same(what: str, got: Any, want: Any) -> None:

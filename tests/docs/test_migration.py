@@ -8,6 +8,7 @@ import torch
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 import sphkv_compile
+from sphkv_compile import SphericalCache
 from sphkv_compile.integrations.transformers import cache_keyword
 from sphkv_compile.lowering import compat
 from sphkv_compile.runtime import log
@@ -39,9 +40,15 @@ def test_it_runs_and_holds_codes(name, typed, monkeypatch):
     fast, seen, ids = "gpt-fast" in name, [], torch.ones(1, 300, dtype=torch.int64)
     model = tiny_gpt_fast(layers=1) if fast else tiny("llama", layers=1, head_dim=64, dtype=torch.bfloat16)
     known = {"torch": torch, "model": model, "step": model, "ids": ids}
-    known |= {"StaticCache": StaticCache, "CompileConfig": on_any_device}
+    known |= {"StaticCache": StaticCache, "CompileConfig": on_any_device, "SphericalCache": SphericalCache}
     with log.listening(seen.append):
-        exec(typed, known)
+        exec(typed.replace("cache=cache", f"{cache_keyword(model)}=cache") if not fast else typed, known)
+    if "SphericalCache" in typed:  # eager: there is no graph to match
+        report = sphkv_compile.report(known["cache"])
+        assert report.matched == len(report.sites) == 1 and report.encoded_tokens > 0
+        assert report.budget == (report.dense_bytes // 4 if "budget" in typed else None)
+        return
+    with log.listening(seen.append):
         if fast:
             model.setup_caches(1, 512)
             model(ids, torch.arange(300))
