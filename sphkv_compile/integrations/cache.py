@@ -80,7 +80,7 @@ class SphericalLayer(CacheLayerMixin):
         """
         if torch.compiler.is_compiling():
             raise RuntimeError(
-                "sphkv: a compiled model met a SphericalCache that holds no token. Go on after an eager prefill, or call "
+                "sphkv: a compiled model met a SphericalCache without tokens. Go on after an eager prefill, or call "
                 "cache.early_initialization(batch_size, num_heads, head_dim, dtype, device) first"
             )
         self.restore(self.book.owner(key_states, value_states, self.max_cache_len), 0)
@@ -271,6 +271,14 @@ class SphericalCache(Cache):
             like = StaticCache(config, max_cache_len=max_cache_len)
         self.book, self.capacity = _adopt(like, config, spec), max_cache_len
         super().__init__(layers=like.layers)
+
+    def reset(self) -> None:
+        """Begin anew with the same shapes and budget."""
+        super().reset()
+        for layer in self.layers:
+            if isinstance(layer, DynamicSlidingWindowLayer):  # older transformers fill it with zeros, which stay
+                layer.keys = layer.values = None
+                layer.is_initialized = False
 
     def save(self, path: str | os.PathLike) -> None:
         """Write all of it to a safetensors file, from which a model goes on as if nothing had happened.

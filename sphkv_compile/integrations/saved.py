@@ -140,8 +140,8 @@ def _cache(
     names = [type(layer).__name__ for layer in cache.layers]
     if [facts["kind"] for facts in head["layers"]] != names:
         raise ValueError(
-            f"it is of {len(head['layers'])} layers ({_kinds(x['kind'] for x in head['layers'])}), expected the {len(names)} "
-            f"of this model ({_kinds(names)})"
+            f"it is of {len(head['layers'])} layers ({_kinds(x['kind'] for x in head['layers'])}), expected "
+            f"{len(names)} as this model has ({_kinds(names)})"
         )
     cache.book.spec, cache.book.group = spec, int(head["group"])
     parts: list[dict[str, Tensor]] = [{} for _ in names]
