@@ -165,7 +165,7 @@ def check_equal(ours, spec):
         ("K2V2", 64, torch.bfloat16, 64),  # a word has both token halves
         pytest.param("K3V3", 256, torch.float32, 64, marks=pytest.mark.slow),  # two groups of eight planes
         pytest.param("K8V4", 128, torch.bfloat16, 128, marks=pytest.mark.slow),
-        ("K8V8", 64, torch.float32, 64),
+        pytest.param("K8V8", 64, torch.float32, 64, marks=pytest.mark.slow),
     ],
 )
 def test_spans_are_encoded_bit_for_bit(fused, tier, dim, dtype, span):

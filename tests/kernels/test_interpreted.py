@@ -67,10 +67,10 @@ def test_values_on_and_beside_borders_are_coded_as_the_codec_does_it(bits):
         ("K4V2", 128, 8, torch.float16, True, 300),
         ("K3V3", 128, 1, torch.float32, True, 300),
         ("K2V4", 64, 4, torch.float32, False, 300),
-        ("K4V4", 256, 2, torch.float32, True, 300),
+        pytest.param("K4V4", 256, 2, torch.float32, True, 300, marks=pytest.mark.slow),
         ("K8V4", 128, 4, torch.float32, True, 300),
         ("K8V8", 64, 2, torch.float16, False, 300),
-        ("K4V4", 64, 12, torch.float32, True, 300),  # in two passes
+        pytest.param("K4V4", 64, 12, torch.float32, True, 300, marks=pytest.mark.slow),  # in two passes
         ("K4V4", 64, 2, torch.float32, True, 3),  # sinks alone
         ("K4V4", 64, 2, torch.float32, False, 120),  # no span has left the window
     ],

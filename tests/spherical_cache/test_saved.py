@@ -23,8 +23,14 @@ def read(path, family="llama"):
     return SphericalCache.load(path, model(family).config)
 
 
-@pytest.mark.parametrize("mode", STEPS)
-@pytest.mark.parametrize("name", SPECS)
+BOTH = [
+    pytest.param(name, mode, marks=pytest.mark.slow if mode == "compiled" and name in ("K8V2", "budget") else ())
+    for name in SPECS
+    for mode in STEPS
+]
+
+
+@pytest.mark.parametrize(("name", "mode"), BOTH)
 def test_it_goes_on_bit_for_bit(name, mode, tmp_path):
     run = Run(spherical(**SPECS[name]), STEPS[mode]("llama"))
     run.call(prompt(40))
