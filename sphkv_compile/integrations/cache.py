@@ -24,7 +24,7 @@ from transformers.cache_utils import (
 
 from sphkv_compile.integrations import saved
 from sphkv_compile.ops import schema
-from sphkv_compile.runtime.direct import Book, Log
+from sphkv_compile.runtime.direct import CodedCache, CodedLayer
 from sphkv_compile.runtime.ownership import Owner, handles
 from sphkv_compile.spec import CacheSpec
 
@@ -33,17 +33,17 @@ class SphericalLayer(CacheLayerMixin):
     """One layer of a :class:`SphericalCache`, without dense keys and values.
 
     Args:
-        book: what it shares with the other layers.
+        coded: what it shares with the other layers.
         max_cache_len: its capacity in tokens; None grows.
     """
 
     is_sliding = False
     is_croppable = True
     cumulative_length: Tensor  # type: ignore[assignment]
-    log: Any  # a Log once the layer is initialised
+    codes: Any  # a CodedLayer once the layer is initialised
 
-    def __init__(self, book: Book, max_cache_len: int | None = None):
-        self.book, self.max_cache_len, self.log = book, max_cache_len, None
+    def __init__(self, coded: CodedCache, max_cache_len: int | None = None):
+        self.coded, self.max_cache_len, self.codes = coded, max_cache_len, None
         super().__init__()
         with torch.inference_mode(False):
             self.cumulative_length = torch.zeros((), dtype=torch.int64)
@@ -57,7 +57,7 @@ class SphericalLayer(CacheLayerMixin):
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
         """A decoded copy of all keys. Shapes: -> [B, H, length, D]; None before the first."""
-        return None if self.log is None else self.log.read()[0]
+        return None if self.codes is None else self.codes.read()[0]
 
     @keys.setter
     def keys(self, value: Any) -> None:
@@ -66,7 +66,7 @@ class SphericalLayer(CacheLayerMixin):
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
         """A decoded copy of all values. Shapes: -> [B, H, length, Dv]; None before the first."""
-        return None if self.log is None else self.log.read()[1]
+        return None if self.codes is None else self.codes.read()[1]
 
     @values.setter
     def values(self, value: Any) -> None:
@@ -83,7 +83,7 @@ class SphericalLayer(CacheLayerMixin):
                 "sphkv: a compiled model met a SphericalCache without tokens. Go on after an eager prefill, or call "
                 "cache.early_initialization(batch_size, num_heads, head_dim, dtype, device) first"
             )
-        self.restore(self.book.owner(key_states, value_states, self.max_cache_len), 0)
+        self.restore(self.coded.owner(key_states, value_states, self.max_cache_len), 0)
 
     def restore(self, owner: Owner, length: int) -> None:
         """Go on with codes that hold ``length`` tokens."""
@@ -91,15 +91,15 @@ class SphericalLayer(CacheLayerMixin):
         with torch.inference_mode(False):
             self.cumulative_length = torch.full((), length, dtype=torch.int64, device=self.device)
         torch._dynamo.mark_static_address(self.cumulative_length)
-        self.log = Log(self.book, owner, self.max_cache_len, self.cumulative_length)
+        self.codes = CodedLayer(self.coded, owner, self.max_cache_len, self.cumulative_length)
         self._lay()
         self.is_initialized = True
 
     def _lay(self) -> None:
         """What a compiled graph reads."""
-        self.batch_size, self.num_heads = self.log.owner.geometry[:2]
-        self.k_slot, self.v_slot = self.log.slots
-        self.stored = str(self.log.owner.layout.stored)
+        self.batch_size, self.num_heads = self.codes.owner.geometry[:2]
+        self.k_slot, self.v_slot = self.codes.slots
+        self.stored = str(self.codes.owner.layout.stored)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """New tokens; what stands for all keys and values with them.
@@ -109,7 +109,7 @@ class SphericalLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if not torch.compiler.is_compiling():
-            views = self.log.update(key_states, value_states)
+            views = self.codes.update(key_states, value_states)
             self._lay()
             return views
         if self.max_cache_len is None:
@@ -133,7 +133,7 @@ class SphericalLayer(CacheLayerMixin):
         """Tokens held: an int, inside a graph a tensor."""
         if not self.is_initialized:
             return 0
-        return self.cumulative_length if torch.compiler.is_compiling() else self.book.length
+        return self.cumulative_length if torch.compiler.is_compiling() else self.coded.length
 
     def get_max_length(self) -> int:
         """Tokens that there is room for; -1 where it grows."""
@@ -143,8 +143,8 @@ class SphericalLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Begin anew with the same shapes and budget."""
-        if self.log is not None:
-            self.log.reset()
+        if self.codes is not None:
+            self.codes.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens: exact inside the window; behind it a span that is cut is decoded.
@@ -160,8 +160,8 @@ class SphericalLayer(CacheLayerMixin):
             raise ValueError(
                 f"crop({tokens_to_remove}): expected the tokens to remove, negative: crop({-tokens_to_remove})"
             )
-        if self.log is not None and tokens_to_remove:
-            self.log.crop(-tokens_to_remove)
+        if self.codes is not None and tokens_to_remove:
+            self.codes.crop(-tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row ``beam_idx[i]`` was; pages stay where they are. Shapes: int64[B]."""
@@ -169,13 +169,13 @@ class SphericalLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, in this order. Shapes: int64[rows], or bool[B]."""
-        if self.log is not None:
-            self.log.select(torch.as_tensor(indices))
+        if self.codes is not None:
+            self.codes.select(torch.as_tensor(indices))
             self._lay()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row ``repeats`` times; they share its pages."""
-        if self.log is not None:
+        if self.codes is not None:
             self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def offload(self) -> None:
@@ -189,13 +189,13 @@ class SphericalLayer(CacheLayerMixin):
     def __deepcopy__(self, memo: dict[int, Any]) -> SphericalLayer:
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        own = {"log", "k_slot", "v_slot", "book", "cumulative_length"}
+        own = {"codes", "k_slot", "v_slot", "coded", "cumulative_length"}
         twin.__dict__.update({name: value for name, value in self.__dict__.items() if name not in own})
-        twin.book, twin.log = copy.deepcopy(self.book, memo), copy.deepcopy(self.log, memo)
-        if twin.log is None:
+        twin.coded, twin.codes = copy.deepcopy(self.coded, memo), copy.deepcopy(self.codes, memo)
+        if twin.codes is None:
             twin.cumulative_length = copy.deepcopy(self.cumulative_length, memo)
         else:
-            twin.cumulative_length = twin.log.length
+            twin.cumulative_length = twin.codes.length
             twin._lay()
         return twin
 
@@ -210,7 +210,7 @@ def _read_only(value: Any) -> None:
 class SlidingLayer(StaticSlidingWindowLayer):
     """transformers' layer, which says to a compiled graph how its cache wants it stored."""
 
-    book: Book
+    coded: CodedCache
     stored: str
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -222,7 +222,7 @@ class SlidingLayer(StaticSlidingWindowLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Shapes: [B, H, any, D], [B, H, any, Dv]."""
         super().lazy_initialization(key_states, value_states)
-        layout = self.book.layout(key_states.shape[3], value_states.shape[3], key_states.device, False)
+        layout = self.coded.layout(key_states.shape[3], value_states.shape[3], key_states.device, False)
         self.stored = str(layout)
 
     @torch.inference_mode(False)
@@ -269,7 +269,7 @@ class SphericalCache(Cache):
         like: Cache = DynamicCache(config=config)
         if max_cache_len is not None:
             like = StaticCache(config, max_cache_len=max_cache_len)
-        self.book, self.capacity = _adopt(like, config, spec), max_cache_len
+        self.coded, self.capacity = _adopt(like, config, spec), max_cache_len
         super().__init__(layers=like.layers)
 
     def reset(self) -> None:
@@ -315,7 +315,7 @@ def adopt(cache: Cache, config: Any = None, **spec: Any) -> Cache:
     return cache
 
 
-def _adopt(cache: Cache, config: Any, spec: dict[str, Any]) -> Book:
+def _adopt(cache: Cache, config: Any, spec: dict[str, Any]) -> CodedCache:
     wanted = CacheSpec.from_options(spec)
     known = (StaticLayer, DynamicLayer, StaticSlidingWindowLayer, DynamicSlidingWindowLayer)
     others = [type(layer).__name__ for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
@@ -332,13 +332,18 @@ def _adopt(cache: Cache, config: Any, spec: dict[str, Any]) -> Book:
             f"budget={wanted.budget!r} for a cache that grows without limit; expected max_cache_len, its capacity in "
             "tokens, or bits instead"
         )
-    book = Book(wanted, len(full), _group(config))
+    if wanted.budget is not None and config is None:
+        raise ValueError(
+            f"budget={wanted.budget!r} without the model's configuration; expected adopt(cache, model.config, "
+            "budget=...): a policy learns from queries, and a cache does not say how many heads these have"
+        )
+    coded = CodedCache(wanted, len(full), _group(config))
     for i, layer in enumerate(cache.layers):
         if i in full:
-            cache.layers[i] = _spherical(book, layer)
+            cache.layers[i] = _spherical(coded, layer)
         elif type(layer) is StaticSlidingWindowLayer:
-            _sliding(book, layer)
-    return book
+            _sliding(coded, layer)
+    return coded
 
 
 def _group(config: Any) -> int:
@@ -350,17 +355,17 @@ def _group(config: Any) -> int:
     return heads // (getattr(text, "num_key_value_heads", None) or heads)
 
 
-def _sliding(book: Book, layer: Any) -> None:
-    layer.__class__, layer.book = SlidingLayer, book
+def _sliding(coded: CodedCache, layer: Any) -> None:
+    layer.__class__, layer.coded = SlidingLayer, coded
     if layer.is_initialized:
-        layer.stored = str(book.layout(layer.k_head_dim, layer.v_head_dim, layer.device, False))
+        layer.stored = str(coded.layout(layer.k_head_dim, layer.v_head_dim, layer.device, False))
 
 
-def _spherical(book: Book, layer: Any) -> SphericalLayer:
-    new = SphericalLayer(book, getattr(layer, "max_cache_len", None))
+def _spherical(coded: CodedCache, layer: Any) -> SphericalLayer:
+    new = SphericalLayer(coded, getattr(layer, "max_cache_len", None))
     if layer.is_initialized:
         new.lazy_initialization(layer.keys, layer.values)
         if length := int(layer.get_seq_length()):
             new.update(layer.keys[:, :, :length], layer.values[:, :, :length])
-            new.log.settle()
+            new.codes.settle()
     return new

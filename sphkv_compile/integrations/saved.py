@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sphkv_compile.runtime import saved
-from sphkv_compile.runtime.direct import Book
+from sphkv_compile.runtime.direct import CodedCache
 from sphkv_compile.runtime.ownership import Owner, owner_of
 from sphkv_compile.runtime.pool import Pool
 from sphkv_compile.spec import CacheSpec
@@ -42,11 +42,11 @@ def save(cache: SphericalCache, path: str | os.PathLike) -> None:
         TypeError: its policy is an object of the user's, which no file can hold.
         ValueError: it holds no token.
     """
-    book = cache.book
-    if not isinstance(book.spec.policy, (str, type(None))):
+    coded = cache.coded
+    if not isinstance(coded.spec.policy, (str, type(None))):
         raise TypeError(
-            f"policy {type(book.spec.policy).__name__} is an object, which a file of tensors cannot hold; expected one "
-            "of sphkv's by name"
+            f"policy {type(coded.spec.policy).__name__} is an object, which a file of tensors cannot hold; expected "
+            "one of sphkv's by name"
         )
     if not cache.get_seq_length():
         raise ValueError("this SphericalCache holds no token yet; expected one after a prompt")
@@ -56,10 +56,10 @@ def save(cache: SphericalCache, path: str | os.PathLike) -> None:
         own, facts = _layer(layer)
         layers.append(facts)
         tensors |= {f"{i}.{name}": x for name, x in own.items()}
-    pool = next(iter(book.pools.values()), None)
+    pool = next(iter(coded.pools.values()), None)
     head = {
-        "spec": dataclasses.asdict(book.spec),
-        "group": book.group,
+        "spec": dataclasses.asdict(coded.spec),
+        "group": coded.group,
         "max_cache_len": cache.capacity,
         "pool": saved.pool_facts(pool),
         "layers": layers,
@@ -79,10 +79,10 @@ def save(cache: SphericalCache, path: str | os.PathLike) -> None:
 def _layer(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and facts of a layer: its codes, or the dense window of a sliding one."""
     facts: dict[str, Any] = {"kind": type(layer).__name__}
-    if (log := getattr(layer, "log", None)) is not None:
-        log.settle()
-        log.hold()
-        return saved.tensors_of(log.owner), facts | saved.facts_of(log.owner) | {"length": int(log.length)}
+    if (codes := getattr(layer, "codes", None)) is not None:
+        codes.settle()
+        codes.hold()
+        return saved.tensors_of(codes.owner), facts | saved.facts_of(codes.owner) | {"length": int(codes.length)}
     facts |= {name: getattr(layer, name) for name in COUNTERS if isinstance(getattr(layer, name, None), int)}
     facts["length"] = int(layer.cumulative_length)
     owner = owner_of(layer.keys)
@@ -143,7 +143,7 @@ def _cache(
             f"it is of {len(head['layers'])} layers ({_kinds(x['kind'] for x in head['layers'])}), expected "
             f"{len(names)} as this model has ({_kinds(names)})"
         )
-    cache.book.spec, cache.book.group = spec, int(head["group"])
+    cache.coded.spec, cache.coded.group = spec, int(head["group"])
     parts: list[dict[str, Tensor]] = [{} for _ in names]
     for name, x in tensors.items():
         number, _, field = name.partition(".")
@@ -151,15 +151,15 @@ def _cache(
     for facts, part in zip(head["layers"], parts):  # all of it, before the first allocation
         if "layout" in facts:
             layout, g = saved.parse(facts)
-            expected = cache.book.layout(g.k_dim, g.v_dim, device, layout.kept).stored
+            expected = cache.coded.layout(g.k_dim, g.v_dim, device, layout.kept).stored
             if layout.stored != expected:
                 raise ValueError(f"its pages are stored as {layout.stored}, expected {expected} on {device}")
             saved.check(layout, g, part)
             facts["parsed"] = layout, g
     windows = Pool(UNIT, spec.plan_every, device)
     for layer, facts, part in zip(cache.layers, head["layers"], parts):
-        _restore(cache.book, layer, facts, part, windows, device)
-    for pool in cache.book.pools.values():
+        _restore(cache.coded, layer, facts, part, windows, device)
+    for pool in cache.coded.pools.values():
         owners = [o for o in pool.members if o.holds_codes]
         pool.reserve(owners, spec.plan_every)
         saved.continue_pool(pool, head["pool"])
@@ -170,7 +170,9 @@ def _kinds(names: Any) -> str:
     return ", ".join(sorted(set(names)))
 
 
-def _restore(book: Book, layer: Any, facts: dict, part: dict[str, Tensor], windows: Pool, device: torch.device) -> None:
+def _restore(
+    coded: CodedCache, layer: Any, facts: dict, part: dict[str, Tensor], windows: Pool, device: torch.device
+) -> None:
     if "parsed" not in facts:
         like = part["keys"].to(device), part["values"].to(device)
         layer.lazy_initialization(*like)
@@ -179,7 +181,7 @@ def _restore(book: Book, layer: Any, facts: dict, part: dict[str, Tensor], windo
         return
     layout, g = facts["parsed"]
     full = facts["kind"] == "SphericalLayer"
-    owner = Owner(layout, g, book.pool(layout, g, device) if full else windows, scale=facts["scale"])
+    owner = Owner(layout, g, coded.pool(layout, g, device) if full else windows, scale=facts["scale"])
     saved.restore_pages(owner, part)
     if full:
         layer.restore(owner, int(facts["length"]))

@@ -31,7 +31,7 @@ from sphkv_compile.storage.state import SPANS, START, Geometry
 _plain = torch._C.DisableTorchFunctionSubclass
 
 
-class Book:
+class CodedCache:
     """What the layers of one cache share: how they are stored, a pool on each device, and the steps they take together.
 
     Args:
@@ -43,9 +43,9 @@ class Book:
     def __init__(self, spec: CacheSpec, sites: int, group: int = 1):
         self.spec, self.sites, self.group = spec, sites, group
         self.pools: dict[torch.device, Pool] = {}
-        self.logs: list[Log] = []
+        self.layers: list[CodedLayer] = []
         self.first = self.tokens = 0
-        self.running: list[Log] = []
+        self.running: list[CodedLayer] = []
 
     # ---- layers
 
@@ -64,12 +64,12 @@ class Book:
         rows, heads = k.shape[:2]
         room = capacity or room_for(0)
         geometry = Geometry(rows, heads, room, k.shape[3], v.shape[3], k.dtype, v.dtype, False, self.group)
-        if not self.logs:
+        if not self.layers:
             self.spec = resolve(self.spec, [geometry] * self.sites)
-        elif self.spec.chooses and (geometry != self.logs[0].owner.geometry or k.device not in self.pools):
+        elif self.spec.chooses and (geometry != self.layers[0].owner.geometry or k.device not in self.pools):
             raise ValueError(
                 f"budget={self.spec.budget!r} is shared by layers of one shape on one device; this one is "
-                f"{tuple(k.shape[:2])} x {k.shape[3]} on {k.device}, the first {self.logs[0].owner.geometry}. "
+                f"{tuple(k.shape[:2])} x {k.shape[3]} on {k.device}, the first {self.layers[0].owner.geometry}. "
                 "Give bits instead"
             )
         layout = self.layout(k.shape[3], v.shape[3], k.device, self.spec.chooses)
@@ -90,31 +90,31 @@ class Book:
     def length(self) -> int:
         """Tokens that all layers hold. Those of a step that was interrupted half-way do not count: the next step
         overwrites them."""
-        counts = [log.length for log in self.logs]
+        counts = [layer.length for layer in self.layers]
         return int(torch.stack([c.to(counts[0].device) for c in counts]).min()) if counts else 0
 
-    def begin(self, log: Log, tokens: int) -> int:
-        """``log`` gets ``tokens`` more: where the first of them goes."""
-        if not self.running or log in self.running:
-            for other in self.logs:
+    def begin(self, layer: CodedLayer, tokens: int) -> int:
+        """``layer`` gets ``tokens`` more: where the first of them goes."""
+        if not self.running or layer in self.running:
+            for other in self.layers:
                 other.settle()
             self.running = []
             self.first, self.tokens = self.length, tokens
             for pool in self.pools.values():
                 pool.step(tokens)
-        self.running.append(log)
+        self.running.append(layer)
         return self.first
 
     def end(self) -> None:
         """A layer has taken its tokens in. After the last one, many tokens are brought within the budget."""
-        if len(self.running) < self.sites or any(log.new is not None for log in self.running):
+        if len(self.running) < self.sites or any(layer.new is not None for layer in self.running):
             return
         self.running = []
         for pool in self.pools.values():
             pool.settle(self.tokens)
 
 
-class Log:
+class CodedLayer:
     """One layer's codes, and the tokens that its attention has not read yet.
 
     Args:
@@ -123,12 +123,12 @@ class Log:
     ``slots``: what a compiled graph takes for the dense keys and values. ``length``: int64[], tokens held.
     """
 
-    def __init__(self, book: Book, owner: Owner, capacity: int | None, length: Tensor):
-        self.book, self.owner, self.capacity, self.length = book, owner, capacity, length
+    def __init__(self, cache: CodedCache, owner: Owner, capacity: int | None, length: Tensor):
+        self.cache, self.owner, self.capacity, self.length = cache, owner, capacity, length
         self.slots = self._slots()
-        self.new: New | None = None
+        self.new: NewTokens | None = None
         self.planned = False  # whether a plan has seen this layer as it is laid out
-        book.logs.append(self)
+        cache.layers.append(self)
 
     @torch.inference_mode(False)
     def _slots(self) -> tuple[Tensor, Tensor]:
@@ -137,7 +137,7 @@ class Log:
         return handles(self.owner, (*lead, g.k_dim), (*lead, g.v_dim))
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """New tokens; views of all keys and values with them. Shapes: [B, H, T, D], [B, H, T, Dv].
+        """NewTokens tokens; views of all keys and values with them. Shapes: [B, H, T, D], [B, H, T, Dv].
 
         Raises:
             IndexError: more tokens than the cache has room for; nothing was written.
@@ -150,9 +150,9 @@ class Log:
                 f"heads and head_dim {g.k_dim} / {g.v_dim}; expected the same; give other shapes a cache of their own"
             )
         tokens = k.shape[2]
-        first = self.book.begin(self, tokens)
+        first = self.cache.begin(self, tokens)
         if self.capacity is not None and first + tokens > self.capacity:
-            self.book.running = []
+            self.cache.running = []
             raise IndexError(
                 f"sphkv: {tokens} tokens behind {first} exceed the cache's max_cache_len={self.capacity}; nothing was "
                 f"written. Give max_cache_len={first + tokens} or more, or none, and it grows"
@@ -164,7 +164,7 @@ class Log:
         if not self.planned:
             owner.pool.reserve([owner], max(tokens, owner.pool.plan_every))
             self.planned = True
-        self.new = New(self, k, v, first)
+        self.new = NewTokens(self, k, v, first)
         return self.new.views()
 
     def hold(self) -> None:
@@ -205,10 +205,10 @@ class Log:
 
     def reset(self) -> None:
         """Begin anew; shapes, budget and pages stay."""
-        self.new, self.book.running = None, []
+        self.new, self.cache.running = None, []
         self.hold()
         self.owner.unshare()
-        self.owner._forget()
+        self.owner.forget()
         self.length.zero_()
         if self.owner.pool.retention is not None:
             self.owner.pool.retention.begin()
@@ -254,12 +254,12 @@ class Log:
         if rows.shape[0] != g.batch:
             self.slots = self._slots()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Log:
+    def __deepcopy__(self, memo: dict[int, Any]) -> CodedLayer:
         self.settle()
         self.hold()
-        twin = Log.__new__(Log)
+        twin = CodedLayer.__new__(CodedLayer)
         memo[id(self)] = twin
-        twin.book, twin.capacity, twin.new = copy.deepcopy(self.book, memo), self.capacity, None
+        twin.cache, twin.capacity, twin.new = copy.deepcopy(self.cache, memo), self.capacity, None
         twin.planned = self.planned
         twin.length = copy.deepcopy(self.length, memo)
         twin.owner = copy.deepcopy(self.owner, memo)
@@ -267,14 +267,14 @@ class Log:
         return twin
 
 
-class New:
+class NewTokens:
     """Tokens between a layer's update and its attention: exact there, and taken in right after.
 
     Shapes: ``k`` [B, H, T, D], ``v`` [B, H, T, Dv], from position ``first`` on.
     """
 
-    def __init__(self, log: Log, k: Tensor, v: Tensor, first: int):
-        self.log, self.k, self.v, self.first = log, k, v, first
+    def __init__(self, layer: CodedLayer, k: Tensor, v: Tensor, first: int):
+        self.layer, self.k, self.v, self.first = layer, k, v, first
         self.columns = first + k.shape[2]
 
     def views(self) -> tuple[Tensor, Tensor]:
@@ -305,7 +305,7 @@ class New:
         return out.reshape(*shape[:3], out.shape[3])
 
     def _attend(self, q: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
-        owner = self.log.owner
+        owner = self.layer.owner
         if owner.scale is None:
             owner.scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
         with _plain():
@@ -316,11 +316,11 @@ class New:
 
     def enter(self, q: Tensor | None, mask: Tensor | None) -> None:
         """Into the window, once; what leaves it is encoded."""
-        log = self.log
-        if log.new is not self:
+        layer = self.layer
+        if layer.new is not self:
             return
-        log.new = None
-        owner = log.owner
+        layer.new = None
+        owner = layer.owner
         with _plain(), torch.no_grad():
             if q is None:
                 start = [max(self.first, 0)] * self.k.shape[0]
@@ -328,13 +328,13 @@ class New:
             else:
                 tail = None, self.first, mask, str(owner.layout), False
                 schema.append(*owner.state, q, self.k, self.v, *tail)
-        log.length.fill_(self.columns)
-        log.book.end()
+        layer.length.fill_(self.columns)
+        layer.cache.end()
 
     def decoded(self, side: str) -> Tensor:
         """All keys or values, the new ones exact. Shapes: -> [B, H, columns, D or Dv]."""
         self.enter(None, None)
-        k, v = self.log.decoded(self.columns)
+        k, v = self.layer.decoded(self.columns)
         out, new = (k, self.k) if side == "k" else (v, self.v)
         out[:, :, self.first :] = new
         return out
@@ -347,12 +347,12 @@ class View(Tensor):
     use decodes.
     """
 
-    tokens: New
+    tokens: NewTokens
     side: str
 
     @staticmethod
     @torch.inference_mode(False)
-    def of(new: New, side: str, shape: tuple[int, ...]) -> View:
+    def of(new: NewTokens, side: str, shape: tuple[int, ...]) -> View:
         """A view of such a shape."""
         x = new.k if side == "k" else new.v
         nothing = torch.full((), math.nan, dtype=x.dtype, device=x.device)  # to code that looks past the subclass

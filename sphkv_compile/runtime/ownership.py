@@ -133,12 +133,12 @@ class Owner:
         """
         rows = self.state.rows
         if not self.exports or int(rows[:, LENGTH].max()) == 0:
-            self._forget()
+            self.forget()
             return None
         base = int(rows[0, BASE])
         columns = min(k.shape[2], int(rows[:, LENGTH].max()) - base, length)
         if columns <= 0:
-            self._forget()
+            self.forget()
             return None
         was_k, was_v = dense(self.state, self.layout, columns, base)
         same = (was_k == k[:, :, :columns]).all(-1).all(1) & (was_v == v[:, :, :columns]).all(-1).all(1)
@@ -147,7 +147,7 @@ class Owner:
         kept = int(same.all(0).int().cumprod(0).sum())
         if kept == 0:
             self.recoded_tokens += columns
-            self._forget()
+            self.forget()
             return None
         end, begin = base + kept, rows[:, START].clamp(min=0) + self.layout.sink
         coded = begin + rows[:, SPANS] * self.layout.span
@@ -156,7 +156,8 @@ class Owner:
         rows[:, LENGTH] = end
         return base
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Hold no token. Pages stay reserved."""
         rows = self.state.rows
         rows.zero_()
         rows[:, START] = -1

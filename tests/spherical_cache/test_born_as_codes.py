@@ -17,7 +17,7 @@ from sphkv_compile.testing.tiny import tiny
 
 
 def owners(cache):
-    return [layer.log.owner for layer in cache.layers]
+    return [layer.codes.owner for layer in cache.layers]
 
 
 def filled(tokens=60, step=None, **spec):
@@ -84,7 +84,7 @@ def test_no_dense_buffer_exists():
     run.decode(torch.full((2, 1), 7), 3)
     one = owners(run.cache)[0].geometry.dense_bytes // 2  # the keys of one layer
     with torch._C.DisableTorchFunctionSubclass():
-        assert all(slot.untyped_storage().nbytes() == 0 for layer in run.cache.layers for slot in layer.log.slots)
+        assert all(slot.untyped_storage().nbytes() == 0 for layer in run.cache.layers for slot in layer.codes.slots)
     found = report(run.cache)
     assert (found.matched, [site.exports for site in found.sites]) == (2, [0, 0])
     state = [t for owner in owners(run.cache) for t in owner.state[1:]]
@@ -219,6 +219,11 @@ MISTAKES = {
     "width": (lambda c: SphericalCache(c, bits=5), ValueError, "nearest is 4"),
     "budget that grows": (lambda c: SphericalCache(c, budget="1MiB"), ValueError, "max_cache_len"),
     "encoder-decoder": (lambda c: SphericalCache(T5Config()), ValueError, "encoder-decoder"),
+    "budget without a config": (
+        lambda c: adopt(StaticCache(c, max_cache_len=8), budget=0.5),
+        ValueError,
+        "model.config",
+    ),
     "no layers": (lambda c: adopt(DynamicCache()), ValueError, "no layers yet"),
     "offloaded": (lambda c: adopt(StaticCache(c, max_cache_len=8, offloading=True)), ValueError, "offloaded"),
 }

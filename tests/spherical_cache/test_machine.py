@@ -143,7 +143,7 @@ class Caches(RuleBasedStateMachine):
     @rule(which=WHICH, more=st.integers(0, 3))
     def plan_in_another_arena(self, which, more):
         cache, _ = self.pick(which)
-        for pool in cache.book.pools.values():
+        for pool in cache.coded.pools.values():
             pool.resize(pool.arena.nbytes * more)
             pool.plan(0)
 
@@ -151,7 +151,7 @@ class Caches(RuleBasedStateMachine):
     def pages_are_where_they_should_be(self):
         for cache, oracles in self.caches:
             assert cache.get_seq_length() == oracles[0].k.shape[2]
-            for pool in cache.book.pools.values():
+            for pool in cache.coded.pools.values():
                 tables = [owner.state.table for owner in pool.members]
                 pages = torch.cat([t[t >= 0].unique() for t in tables])
                 assert len(pages) == len(pages.unique()), "two layers hold one page"

@@ -60,7 +60,7 @@ def test_without_memory_for_pages_the_cache_stays_usable(spec, monkeypatch):
 
     for run in runs:
         run.call(prompt(60))
-    held = runs[0].cache.layers[0].log.owner.pool
+    held = runs[0].cache.layers[0].codes.owner.pool
     with monkeypatch.context() as patch:
         patch.setattr(pool, "Arena", no_memory)
         with pytest.raises(MemoryError, match=r"no memory for .* bytes of pages"):
@@ -158,4 +158,4 @@ def test_ten_thousand_steps_in_flat_memory(spec):
 
 
 def owners(cache):
-    return [layer.log.owner for layer in cache.layers]
+    return [layer.codes.owner for layer in cache.layers]
