@@ -158,6 +158,8 @@ class CodedLayer:
                 f"written. Give max_cache_len={first + tokens} or more, or none, and it grows"
             )
         self.hold()
+        if owner.shares and (excess := int(self.length) - first) > 0:  # of an interrupted step
+            self.crop(excess)
         if first + tokens > owner.geometry.capacity:
             lay_out_anew([(owner, room_for(first + tokens), False)])
             self.slots, self.planned = self._slots(), False
@@ -238,6 +240,7 @@ class CodedLayer:
             )
         if behind:
             self.owner.unshare()
+        self.owner.cut(length - count)
         self.length.fill_(length - count)
 
     def select(self, rows: Tensor) -> None:

@@ -166,6 +166,15 @@ class Owner:
         self.state.moments.zero_()
         self.state.energy.zero_()
 
+    def cut(self, length: int) -> None:
+        """Hold the first ``length`` tokens only. A span that this cuts returns to the window, decoded."""
+        if length == 0:
+            self.forget()
+            return
+        nothing = self.state.exact_k[:, :, :0], self.state.exact_v[:, :, :0]
+        with _plain(), torch.no_grad():
+            append(self.state, self.layout, None, *nothing, length, [-1] * self.geometry.batch)
+
     def hold(self, k: Tensor, v: Tensor) -> None:
         """Become the owner of ``k`` and ``v``: their storage is released, and eager uses come here first."""
         self.k_ref, self.v_ref, self.holds_codes = weakref.ref(k), weakref.ref(v), True

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from sphkv_compile.integrations import models
 
@@ -19,6 +20,8 @@ def _require(name: str) -> None:
     missing = [m for m, _ in models.BUNDLED[name].files if importlib.util.find_spec(m) is None]
     if missing:
         pytest.skip(f"package {models.BUNDLED[name].distribution} is not installed")
+    if name == "gemma3" and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 18):
+        pytest.skip("this release reads its tokenizer wrongly, which load() refuses: a test below")
 
 
 @pytest.fixture

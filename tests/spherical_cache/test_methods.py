@@ -120,6 +120,15 @@ def crop_of_rows_that_share_pages(run):
     run.decode(torch.arange(5, 9).view(4, 1), 30)
 
 
+def rows_chosen_after_a_crop(run):
+    token = run.decode(run.call(prompt(40)), 20)
+    if not run.cache.is_croppable or "DynamicSlidingWindowLayer" in str(run.cache):
+        pytest.skip("transformers' sliding layers cannot be cropped once their window is full")
+    run.cache.crop(-30)
+    run.cache.batch_select_indices(torch.tensor([0, 0, 1]))
+    run.decode(torch.arange(5, 8).view(3, 1) + token[:1] * 0, 40)
+
+
 def batch_size(run):
     run.call(prompt(5))
     if hasattr(type(run.cache).__mro__[1], "batch_size") and hasattr(run.cache.layers[0], "batch_size"):
@@ -141,6 +150,7 @@ def padded(run):
 SCENARIOS = [
     update, in_chunks, get_seq_length, get_query_offset, reset, reorder_cache, batch_repeat_interleave,
     batch_select_indices, crop, activate_past_recording, deepcopy, fork_of_a_fork, crop_of_rows_that_share_pages,
+    rows_chosen_after_a_crop,
     batch_size, padded,
 ]  # fmt: skip
 
