@@ -13,7 +13,20 @@ import torch
 from torch._inductor.pattern_matcher import KeywordArg, Match
 from torch.fx import Node
 
-from .site import Refusal, Site, aten, attention, base_site, call, check_attention, check_stored, shape, stores
+from .site import (
+    Refusal,
+    Site,
+    aten,
+    attention,
+    base_site,
+    call,
+    check_attention,
+    check_stored,
+    same,
+    shape,
+    size,
+    stores,
+)
 
 
 def write(buf: str, new: str):
@@ -31,15 +44,17 @@ def _is(node: object, target: object) -> TypeGuard[Node]:
 
 def _rolls_by_one(order: Node, columns: int) -> bool:
     """``order`` is (0, 1, .., W-1) + 1 modulo W."""
-    if not (_is(order, aten.fmod.Scalar) or _is(order, aten.remainder.Scalar)) or order.args[1] != columns:
+    if not (_is(order, aten.fmod.Scalar) or _is(order, aten.remainder.Scalar)):
         return False
-    plus = order.args[0]
-    if not _is(plus, aten.add.Tensor) or plus.args[1] != 1:
+    plus, modulus = order.args
+    if not same(size(modulus), columns) or not _is(plus, aten.add.Tensor):
+        return False
+    if not same(size(plus.args[1]), 1):  # roll writes (W + 1) % W where W is a symbol
         return False
     iota = plus.args[0]
     return (
         _is(iota, torch.ops.prims.iota.default)
-        and iota.args[0] == columns
+        and same(size(iota.args[0]), columns)
         and iota.kwargs["start"] == 0
         and iota.kwargs["step"] == 1
     )
@@ -51,9 +66,9 @@ def check(match: Match) -> Refusal | None:
     shifted = {buf: (write.args[0],) for buf, write in zip((c["k_buf"], c["v_buf"]), node.args[1:3])}
     if refusal := check_attention(match) or check_stored(match, shifted):
         return refusal
-    columns = shape(c["k_buf"])[2]
     for name in ("k_buf", "v_buf"):
-        if not isinstance(columns, int) or not _rolls_by_one(c[f"{name}_order"], columns):
+        columns = int(shape(c[name])[2])  # a symbolic size is fixed by a guard
+        if not _rolls_by_one(c[f"{name}_order"], columns):
             return Refusal("unknown_write", f"{c[name].name} is permuted, but not rolled by one")
         if len(shifted[c[name]][0].users) != 1:
             return Refusal("other_readers", f"{shifted[c[name]][0].name}")

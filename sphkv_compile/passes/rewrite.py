@@ -139,8 +139,9 @@ def _whole(graph: Graph, value: Node, buf: Node) -> Node:
     have, (b, h, _, d) = value.meta["val"], buf.meta["val"].shape
     if have.dim() == 4:
         return value
-    node = graph.call_function(aten.reshape.default, (value, [b, h, -1, d]))
-    node.meta["val"] = have.reshape(b, h, -1, d)
+    whole = [int(b), int(h), -1, int(d)]  # symbolic sizes are fixed by guards: a graph takes nodes and numbers only
+    node = graph.call_function(aten.reshape.default, (value, whole))
+    node.meta["val"] = have.reshape(whole)
     return node
 
 

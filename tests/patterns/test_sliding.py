@@ -2,7 +2,10 @@
 
 import pytest
 import torch
-from toys import L, Toys, sdpa
+from toys import OPTIONS, D, L, Toys, sdpa
+
+import sphkv_compile
+from sphkv_compile.runtime import log
 
 toys = Toys()
 FULL = dict(held=L)
@@ -114,3 +117,32 @@ def shifted_but_not_kept(c, x):
     k[:, :, at], v[:, :, at] = x.k, x.v
     c.k.copy_(k)
     return sdpa(x, k, v, None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "roll, verdict",
+    [(lambda x: x.roll(-1, 2), "sliding"), (lambda x: x.roll(-2, 2), "unknown_write")],
+    ids=["by one", "by two"],
+)
+@pytest.mark.filterwarnings("error:Raw SymInt")
+def test_a_window_of_symbolic_size(roll, verdict):
+    """Guards fix its sizes; then it is known by how much the columns are rolled."""
+
+    def step(q, new, *buffers):
+        last = torch.tensor([-1])
+        for buffer in buffers:
+            moved = roll(buffer)
+            moved[:, :, last] = new
+            buffer.copy_(moved)
+        return torch.nn.functional.scaled_dot_product_attention(q, *buffers)
+
+    q, new, eager = torch.randn(1, 2, 1, D), torch.randn(1, 2, 1, D), [torch.randn(1, 2, L, D) for _ in range(2)]
+    ours, seen = [buffer.clone() for buffer in eager], []
+    compiled = torch.compile(step, backend=sphkv_compile.backend, options=OPTIONS, fullgraph=True, dynamic=True)
+    with log.listening(seen.append):
+        found = compiled(q, new, *ours)
+    torch.testing.assert_close(found, step(q, new, *eager), rtol=0, atol=2e-6)
+    assert [v.idiom or v.refusal.code for graph in seen for v in graph.verdicts] == [verdict]
+    assert all(v.idiom or "not rolled by one" in v.refusal.detail for graph in seen for v in graph.verdicts)
+    assert all(torch.equal(a + 0, b) for a, b in zip(ours, eager))

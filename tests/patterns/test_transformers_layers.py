@@ -65,6 +65,11 @@ def test_everything_dynamic(layer, idiom):
     assert run(layer, (3, 5, 1, 1), dynamic=True) == ([idiom], True)
 
 
+def test_a_window_of_symbolic_size():
+    """As a second model of a process has it, whose window is another than the first one's; a guard fixes it."""
+    assert run(StaticSlidingWindowLayer(64, W), (W, 1, 1, 1), W, dynamic=True) == (["sliding"], True)
+
+
 def test_sliding_fills_and_rolls():
     assert run(StaticSlidingWindowLayer(64, W), (3, 5, *[1] * 14), W) == (["static_index", "sliding"], True)
 
