@@ -338,11 +338,11 @@ def _adopt(cache: Cache, config: Any, spec: dict[str, Any]) -> CodedCache:
             "budget=...): a policy learns from queries, and a cache does not say how many heads these have"
         )
     coded = CodedCache(wanted, len(full), _group(config))
+    new = {i: _spherical(coded, cache.layers[i]) for i in full}  # all or none
     for i, layer in enumerate(cache.layers):
-        if i in full:
-            cache.layers[i] = _spherical(coded, layer)
-        elif type(layer) is StaticSlidingWindowLayer:
+        if type(layer) is StaticSlidingWindowLayer:
             _sliding(coded, layer)
+        cache.layers[i] = new.get(i, layer)
     return coded
 
 

@@ -137,7 +137,7 @@ class CodedLayer:
         return handles(self.owner, (*lead, g.k_dim), (*lead, g.v_dim))
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """NewTokens tokens; views of all keys and values with them. Shapes: [B, H, T, D], [B, H, T, Dv].
+        """New tokens; views of all keys and values with them. Shapes: [B, H, T, D], [B, H, T, Dv].
 
         Raises:
             IndexError: more tokens than the cache has room for; nothing was written.

@@ -238,6 +238,16 @@ def test_mistakes_name_the_right_thing(name):
         make(model().config)
 
 
+def test_adopt_changes_all_layers_or_none():
+    cache = StaticCache(model().config, max_cache_len=CAPACITY)
+    Run(cache, model().forward).call(prompt(20))
+    before = list(cache.layers)
+    with pytest.raises(ValueError, match="takes at least"):
+        adopt(cache, model().config, budget=100, window=8, span=16, page=8)
+    assert cache.layers == before
+    Run(cache, model().forward).call(prompt(1))
+
+
 def test_a_budget_that_is_too_small_says_the_least_one():
     with pytest.raises(ValueError, match="takes at least"):
         filled(4, budget=100)
