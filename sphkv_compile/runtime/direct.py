@@ -91,7 +91,9 @@ class CodedCache:
         """Tokens that all layers hold. Those of a step that was interrupted half-way do not count: the next step
         overwrites them."""
         counts = [layer.length for layer in self.layers]
-        return int(torch.stack([c.to(counts[0].device) for c in counts]).min()) if counts else 0
+        if not counts or len(counts) < self.sites:  # a first step, or one that was interrupted: not all have opened
+            return 0
+        return int(torch.stack([c.to(counts[0].device) for c in counts]).min())
 
     def begin(self, layer: CodedLayer, tokens: int) -> int:
         """``layer`` gets ``tokens`` more: where the first of them goes."""

@@ -136,6 +136,17 @@ def test_an_interrupted_step_can_be_repeated(layer, tokens):
     assert_same(*runs)
 
 
+@pytest.mark.parametrize("capacity", [CAPACITY, None])
+def test_a_first_prompt_may_be_interrupted(capacity):
+    runs = [Run(spherical(capacity=capacity), model().forward), Run(dense(), model().forward)]
+    with torch.enable_grad(), pytest.raises(RuntimeError, match="autograd is on"):
+        runs[0].call(prompt(70))
+    assert runs[0].cache.get_seq_length() == 0
+    for run in runs:
+        run.decode(run.call(prompt(70)), 20)
+    assert_same(*runs)
+
+
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
 @pytest.mark.parametrize("tokens", [0, 5, 60])
 def test_adopt(kind, tokens):
