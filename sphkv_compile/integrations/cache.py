@@ -110,7 +110,8 @@ class SphericalLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         if not torch.compiler.is_compiling():
             views = self.codes.update(key_states, value_states)
-            self._lay()
+            if self.codes.slots[0] is not self.k_slot:
+                self._lay()
             return views
         if self.max_cache_len is None:
             raise RuntimeError(
@@ -139,7 +140,7 @@ class SphericalLayer(CacheLayerMixin):
         """Tokens that there is room for; -1 where it grows."""
         return -1 if self.max_cache_len is None else self.max_cache_len
 
-    get_max_cache_shape = get_max_length  # transformers before 5.20
+    get_max_cache_shape = get_max_length  # its name in older transformers
 
     def reset(self) -> None:
         """Begin anew with the same shapes and budget."""
@@ -147,7 +148,8 @@ class SphericalLayer(CacheLayerMixin):
             self.codes.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens: exact inside the window; behind it a span that is cut is decoded.
+        """Forget the newest tokens: exact inside the window, as far as assisted decoding takes back; behind it a span
+        that is cut is decoded.
 
         Args:
             tokens_to_remove: their number, negative, as transformers has it.
@@ -289,7 +291,7 @@ class SphericalCache(Cache):
 
     @classmethod
     def load(cls, path: str | os.PathLike, config: Any, device: torch.device | str = "cpu") -> SphericalCache:
-        """What :meth:`save` wrote, for a model of this configuration.
+        """What :meth:`save` wrote, for the same model: kinds and number of layers are compared, no weights.
 
         Raises: as :func:`sphkv_compile.integrations.saved.load`.
         """

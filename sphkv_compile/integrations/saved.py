@@ -100,7 +100,7 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 
 def load(kind: type[SphericalCache], path: str | os.PathLike, config: Any, device: Any) -> SphericalCache:
-    """The cache that :func:`save` wrote, for a model of this configuration.
+    """The cache that :func:`save` wrote. Of the model the kinds and number of its layers are compared, no weights.
 
     Raises:
         FileNotFoundError: no such file.

@@ -1,6 +1,6 @@
 """From which length on attention over codes is faster than over dense keys and values: timed, on this device.
 
-Not while a graph is compiled: after that the steps of a CPU took three times as long (SmolLM2, 33 to 11 tokens/s).
+Not while a graph is compiled: the steps of a CPU were slower after that, for a reason that is not known.
 """
 
 from __future__ import annotations

@@ -23,7 +23,6 @@ from sphkv_compile.storage.state import (
     SPANS,
     START,
     STATE_FIELDS,
-    WIDTH,
     Geometry,
     State,
     empty_state,
@@ -93,23 +92,22 @@ def check(layout: Layout, g: Geometry, given: dict[str, Tensor]) -> None:
     want: dict[str, Tensor] = {name: getattr(state, name) for name in STATE_FIELDS if name != "arena"}
     pages = {f"pages{tier}": page_bytes(layout, g, tier) for tier in range(len(layout.tiers))}
     heads = torch.empty(g.batch, g.heads, device="meta")
-    optional = {"frequencies": torch.empty(layout.rotary_dim // 2, device="meta"), "keeps": heads.bool()}
-    optional |= {"shares": heads, "kappas": heads}
-    _same("tensors", sorted(set(given) - set(optional)), sorted({*want, *pages}))
+    learnt = {name: heads.bool() if name == "keeps" else heads for name in KNOWN}
+    _same("tensors", sorted(set(given) - {"frequencies", *learnt}), sorted({*want, *pages}))
     for name, x in given.items():
         if name in pages:
             _same(name, (x.dtype, x.dim(), x.shape[-1]), (torch.uint8, 2, pages[name]))
-        elif name != "frequencies" or x.dim() != 1:
-            like = (want | optional)[name]
+        elif name == "frequencies":  # of as many pairs as the rotary embedding that a graph showed turns
+            _same(name, (x.dtype, x.dim()), (torch.float32, 1))
+        else:
+            like = (want | learnt)[name]
             _same(name, (x.dtype, tuple(x.shape)), (like.dtype, tuple(like.shape)))
     rows, table, tiers = given["rows"], given["table"], given["tiers"]
     spans = 1 << 40 if g.rolling else layout.spans(g.capacity, False)
-    limits = {START: (-1, g.capacity), LENGTH: (0, g.capacity), SPANS: (0, spans), BASE: (0, 0), FROZEN: (0, 1)}
-    if g.rolling:
-        limits |= {START: (-1, 1 << 40), LENGTH: (0, 1 << 40), BASE: (0, 1 << 40)}
-    for column, (low, high) in ({READ: (0, 0)} | limits).items():
+    end, base = (1 << 40, 1 << 40) if g.rolling else (g.capacity, 0)
+    limits = {START: (-1, end), LENGTH: (0, end), SPANS: (0, spans), BASE: (0, base), FROZEN: (0, 1), READ: (0, 0)}
+    for column, (low, high) in limits.items():
         _within(f"rows[{column}]", rows[:, column], low, high)
-    assert len(limits) + 1 == WIDTH
     for row in rows.tolist():  # a crop may have left codes inside the window
         end = row[START] + layout.sink + row[SPANS] * layout.span
         if row[SPANS] and (row[START] < 0 or end > row[LENGTH]):

@@ -61,6 +61,11 @@ class Layout:
         )
 
     def __str__(self) -> str:
+        return self.text
+
+    @cached_property
+    def text(self) -> str:
+        """As it stands in graphs; eager code passes it to each op of each step."""
         menu = "/".join(map(str, self.tiers))
         return (
             f"{self.codec} {menu} sink={self.sink} window={self.window} span={self.span} page={self.page} "

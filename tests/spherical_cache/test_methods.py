@@ -131,7 +131,7 @@ def rows_chosen_after_a_crop(run):
 
 def batch_size(run):
     run.call(prompt(5))
-    if hasattr(type(run.cache).__mro__[1], "batch_size") and hasattr(run.cache.layers[0], "batch_size"):
+    if hasattr(run.cache.layers[0], "batch_size"):  # growing layers of transformers do not say
         assert run.cache.batch_size == 2
     run.said.append(len(run.cache))
 
