@@ -6,8 +6,8 @@ stored, and two graphs share a kernel exactly when their strings agree.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 
@@ -35,6 +35,8 @@ class Layout:
             attention they got, and a row and kv head's pages stand in its table by tier, the narrowest first. Without
             it a page holds the tokens that its place in the table says, all at one tier.
 
+    ``text``: as it stands in graphs.
+
     Units: ``sink``, ``window``, ``span``, ``page`` in tokens.
     """
 
@@ -49,6 +51,19 @@ class Layout:
     rotary_dim: int = 0
     packing: str = "rows"
     kept: bool = False
+    text: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Once, and at once: eager code passes it to each op of each step, and a compiled function that reads it must
+        # not meet a property that is yet to be computed, whose lock (Python 3.11) Dynamo cannot trace.
+        menu = "/".join(map(str, self.tiers))
+        text = (
+            f"{self.codec} {menu} sink={self.sink} window={self.window} span={self.span} page={self.page} "
+            f"seed={self.seed} rope={self.rope}:{self.rotary_dim}"
+            + (f" packing={self.packing}" if self.tiled else "")
+            + (" kept=1" if self.kept else "")
+        )
+        object.__setattr__(self, "text", text)
 
     @classmethod
     def of(
@@ -63,17 +78,6 @@ class Layout:
     def __str__(self) -> str:
         return self.text
 
-    @cached_property
-    def text(self) -> str:
-        """As it stands in graphs; eager code passes it to each op of each step."""
-        menu = "/".join(map(str, self.tiers))
-        return (
-            f"{self.codec} {menu} sink={self.sink} window={self.window} span={self.span} page={self.page} "
-            f"seed={self.seed} rope={self.rope}:{self.rotary_dim}"
-            + (f" packing={self.packing}" if self.tiled else "")
-            + (" kept=1" if self.kept else "")
-        )
-
     @property
     def summary(self) -> str:
         """The part that differs between sites: the menu and the rotary embedding."""
@@ -85,7 +89,7 @@ class Layout:
     def parse(cls, text: str) -> Layout:
         """The inverse of ``str``; cached, since ops call it every step."""
         codec, menu, *fields = text.split()
-        values = dict(field.split("=") for field in fields)
+        values = dict(part.split("=") for part in fields)
         rope, rotary_dim = values.pop("rope").split(":")
         packing = values.pop("packing", "rows")
         kept = bool(values.pop("kept", False))
@@ -135,7 +139,7 @@ class Layout:
         """Bytes of one page, rounded up to whole units."""
         return -(-self.fields(tier, k_dim, v_dim, itemsize).total * self.page // UNIT) * UNIT
 
-    @cached_property
+    @property
     def code(self):
         """The key codec."""
         return get_codec(self.codec)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from sphkv_compile.spec import CacheSpec, Tier
 from sphkv_compile.storage.layout import Layout, PageFields
@@ -15,6 +16,13 @@ def test_text_round_trip(bits, rope):
     assert Layout.parse(str(layout)) == layout
     kept = replace(layout, tiers=(Tier(8, 4), Tier(4, 2)), kept=True)
     assert Layout.parse(str(kept)) == kept != layout
+
+
+def test_compiled_code_reads_a_layout_that_nobody_has_read():
+    """Bug: a text that is computed when first asked for, under a lock (Python 3.11), which Dynamo refuses."""
+    layout = Layout.of(CacheSpec(bits=4, seed=99))
+    read = torch.compile(lambda: (str(layout), layout.code.name), backend="eager", fullgraph=True)
+    assert read() == (str(layout), "axis_cosine")
 
 
 def test_fields_of_tiers_by_hand():
