@@ -7,6 +7,7 @@ with a sliding window do not grow, and are transformers' own; a compiled model k
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 from typing import Any
 
@@ -26,7 +27,15 @@ from sphkv_compile.integrations import saved
 from sphkv_compile.ops import schema
 from sphkv_compile.runtime.direct import CodedCache, CodedLayer
 from sphkv_compile.runtime.ownership import Owner, handles
+from sphkv_compile.runtime.views import GRADIENT
 from sphkv_compile.spec import CacheSpec
+
+GROWS = (
+    "sphkv: a compiled model met a SphericalCache that grows, whose graph would change with every token; expected "
+    "SphericalCache(config, max_cache_len=...), its capacity in tokens"
+)
+_TICKETS = itertools.count()
+_eagerly = torch.compiler.disable(reason="a SphericalCache opens, grows and decodes in eager code")
 
 
 class SphericalLayer(CacheLayerMixin):
@@ -47,6 +56,14 @@ class SphericalLayer(CacheLayerMixin):
         super().__init__()
         with torch.inference_mode(False):
             self.cumulative_length = torch.zeros((), dtype=torch.int64)
+        self._draw_ticket()
+
+    @torch.inference_mode(False)
+    def _draw_ticket(self) -> None:
+        """By which a compiled graph that meets a cache without tokens knows this layer."""
+        number = next(_TICKETS)
+        self.ticket = torch.tensor(number)
+        schema.TICKETS[number] = self
 
     @property
     def is_compileable(self) -> bool:  # type: ignore[override]
@@ -72,17 +89,13 @@ class SphericalLayer(CacheLayerMixin):
     def values(self, value: Any) -> None:
         _read_only(value)
 
+    @_eagerly
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Shapes: [B, H, any, D], [B, H, any, Dv].
 
         Raises:
             ValueError: the budget is too small, with the least possible one.
         """
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "sphkv: a compiled model met a SphericalCache without tokens. Go on after an eager prefill, or call "
-                "cache.early_initialization(batch_size, num_heads, head_dim, dtype, device) first"
-            )
         self.restore(self.coded.owner(key_states, value_states, self.max_cache_len), 0)
 
     def restore(self, owner: Owner, length: int) -> None:
@@ -106,17 +119,12 @@ class SphericalLayer(CacheLayerMixin):
 
         Shapes: [B, H, T, D], [B, H, T, Dv] -> [B, H, length, D], [B, H, length, Dv].
         """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
         if not torch.compiler.is_compiling():
-            views = self.codes.update(key_states, value_states)
-            if self.codes.slots[0] is not self.k_slot:
-                self._lay()
-            return views
-        if self.max_cache_len is None:
-            raise RuntimeError(
-                "sphkv: a compiled model needs a SphericalCache of fixed capacity: give it max_cache_len, in tokens"
-            )
+            return self._update(key_states, value_states)
+        if not self._open:
+            if torch.is_grad_enabled() and key_states.requires_grad:
+                _refuse(GRADIENT)
+            return schema.opens(key_states, value_states, self.ticket), value_states  # attended to as they are
         # as transformers' StaticLayer writes, which is what the compiler looks for
         at = torch.arange(key_states.shape[2], device=key_states.device) + self.cumulative_length
         self.cumulative_length.add_(key_states.shape[2])
@@ -124,17 +132,38 @@ class SphericalLayer(CacheLayerMixin):
         self.v_slot.index_copy_(2, at, value_states)
         return self.k_slot, self.v_slot
 
+    @_eagerly
+    def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        views = self.codes.update(key_states, value_states)
+        if self.codes.slots[0] is not self.k_slot:
+            self._lay()
+        return views
+
+    def open(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take in the first tokens, while a compiled graph runs that attends to them as they are."""
+        self._update(key_states, value_states)
+        self.codes.settle()
+
+    @property
+    def _open(self) -> bool:
+        """Whether a compiled graph finds codes: all layers have taken their first tokens in."""
+        return len(self.coded.layers) == self.coded.sites
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns of the mask, and the first one's position."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and self._open:
             return self.max_cache_len or 0, 0
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> Any:
         """Tokens held: an int, inside a graph a tensor."""
-        if not self.is_initialized:
-            return 0
-        return self.cumulative_length if torch.compiler.is_compiling() else self.coded.length
+        if not torch.compiler.is_compiling():
+            return self.coded.length
+        if self.max_cache_len is None:
+            _refuse(GROWS)
+        return self.cumulative_length if self._open else 0
 
     def get_max_length(self) -> int:
         """Tokens that there is room for; -1 where it grows."""
@@ -199,7 +228,15 @@ class SphericalLayer(CacheLayerMixin):
         else:
             twin.cumulative_length = twin.codes.length
             twin._lay()
+        twin._draw_ticket()
         return twin
+
+
+@torch.compiler.assume_constant_result
+def _refuse(message: str) -> None:
+    """While a graph is made, so that the error is the user's to see: a break or an exception in traced code would have
+    Dynamo run that code eagerly from here on."""
+    raise RuntimeError(message)
 
 
 def _read_only(value: Any) -> None:

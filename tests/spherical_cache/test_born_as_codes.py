@@ -267,13 +267,6 @@ def test_a_budget_that_is_too_small_says_the_least_one():
         filled(4, budget=100)
 
 
-def test_a_compiled_model_says_what_it_needs():
-    with pytest.raises(Exception, match="max_cache_len"):
-        filled(4, compiled(), capacity=None).call(torch.full((2, 1), 7))
-    with pytest.raises(Exception, match="early_initialization"):
-        Run(spherical(), compiled()).call(prompt(4), step=compiled())
-
-
 def test_crop_is_asked_for_in_negative_numbers():
     run = filled()
     for wrong, match in ((3, r"crop\(-3\)"), (-100, "crop of 100 tokens from a cache of 60")):
