@@ -22,7 +22,8 @@ from torch import Tensor
 
 from sphkv_compile.runtime import saved
 from sphkv_compile.runtime.direct import CodedCache
-from sphkv_compile.runtime.ownership import Owner, owner_of
+from sphkv_compile.runtime.guarded import owner_of
+from sphkv_compile.runtime.ownership import Owner
 from sphkv_compile.runtime.pool import Pool
 from sphkv_compile.spec import CacheSpec
 from sphkv_compile.storage.layout import UNIT
