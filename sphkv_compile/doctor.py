@@ -24,6 +24,7 @@ from sphkv_compile.ops.append import append
 from sphkv_compile.ops.check import check_kernels, checked_library
 from sphkv_compile.ops.decode import attend, packing
 from sphkv_compile.ops.reference import attend_reference
+from sphkv_compile.printing import Printed
 from sphkv_compile.runtime.pool import arena_bytes, reserve
 from sphkv_compile.spec import CacheSpec, Tier, human
 from sphkv_compile.storage.arena import Arena
@@ -47,7 +48,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(Printed):
     """Facts of this machine, and the self-test's results."""
 
     facts: dict[str, str]

@@ -12,6 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sphkv_compile.ops.pages import with_positions
+from sphkv_compile.printing import Printed
+from sphkv_compile.runtime import log
 from sphkv_compile.runtime.certificate import LIMIT, Certificate, bits_within_limit, certificate
 from sphkv_compile.runtime.guarded import owner_of
 from sphkv_compile.runtime.ownership import Owner
@@ -62,18 +64,20 @@ class SiteReport:
 
 
 @dataclass
-class Report:
+class Report(Printed):
     """A cache.
 
     Args:
         arena_bytes: allocated for pages; ``page_bytes`` of them are reserved or filled.
-        dense_bytes: what the same cache takes in model dtype at the same capacity.
+        dense_bytes: what the same cache takes in model dtype at the same capacity; where it grows, at its tokens.
         dense_resident_bytes: dense storage that exists besides, because eager code asked for it.
         budget: for what grows with the length, where there is one.
         aside_bytes: of the arena, what does not grow and comes on top of the budget: pages for what leaves the window
             before the next plan, and those of sliding windows.
         dropped_tokens, demoted_tokens: of a kv head, over all plans.
         wanted_keep_all: heads that should keep every token; there are fewer where the budget is not for so many.
+        dense_layers, dense_windows: layers of a transformers cache that no compiled model has taken over, and those of
+            them that have a sliding window.
 
     Units: bytes, tokens, pages.
     """
@@ -88,6 +92,8 @@ class Report:
     dropped_tokens: int = 0
     demoted_tokens: int = 0
     wanted_keep_all: int = 0
+    dense_layers: int = 0
+    dense_windows: int = 0
 
     def _sum(self, name: str) -> int:
         return sum(getattr(site, name) for site in self.sites)
@@ -145,6 +151,21 @@ class Report:
         yield _by_site(self)
         if self.flagged:
             yield noise_warning(self.flagged)
+        for notice in _notices(self):
+            yield Text(notice, style="yellow")
+
+
+def _notices(r: Report) -> Iterator[str]:
+    """What a reader may not expect."""
+    if r.budget is not None and (beside := r.fixed_bytes + r.aside_bytes) > r.budget:
+        yield (
+            f"What does not grow takes {human(beside)}, beside a budget of {human(r.budget)}, which is not for it: "
+            "sinks, windows, staging. A smaller window, span or plan_every makes it less."
+        )
+    if r.dense_windows:
+        yield f"Dense layers with a sliding window: {r.dense_windows}. A compiled model codes them, not eager code."
+    if rest := r.dense_layers - r.dense_windows:
+        yield f"Other dense layers: {rest}. sphkv_compile.explain names the reasons."
 
 
 def noise_warning(flagged: list[tuple[int, Certificate]]) -> Text:
@@ -168,11 +189,10 @@ def report(obj: Any) -> Report:
         ValueError: no cache tensor in it was ever held as codes.
     """
     owners = list({id(o): o for t in _tensors(obj) if (o := owner_of(t)) is not None}.values())
+    layers = _layers(obj)
+    dense_layers = [layer for layer in layers or [] if _is_dense(layer)]
     if not owners:
-        raise ValueError(
-            f"{type(obj).__name__} has no cache tensor that sphkv holds: run a compiled step first, "
-            "and see sphkv_compile.explain for the attentions that stay dense"
-        )
+        raise ValueError(_what_to_do(type(obj).__name__, layers, dense_layers))
     pools = list({id(o.pool): o.pool for o in owners}.values())
     retentions = [p.retention for p in pools if p.retention is not None]
     dense = sum(_storage_bytes(ref()) for o in owners for ref in (o.k_ref, o.v_ref))
@@ -187,12 +207,46 @@ def report(obj: Any) -> Report:
         sum(r.done.dropped for r in retentions),
         sum(r.done.demoted for r in retentions),
         sum(p.retention.wanted(p) for p in pools if p.retention is not None),
+        len(dense_layers),
+        sum(layer.is_sliding for layer in dense_layers),
+    )
+
+
+def _layers(obj: Any) -> list[Any] | None:
+    """Of a transformers cache; None of anything else."""
+    found = getattr(obj, "layers", None)
+    return found if isinstance(found, list) and hasattr(obj, "get_seq_length") else None
+
+
+def _is_dense(layer: Any) -> bool:
+    """Whether it has keys that nobody codes. Those that are codes may be decoded copies: they are not asked for."""
+    keys = vars(layer).get("keys")
+    return isinstance(keys, torch.Tensor) and owner_of(keys) is None
+
+
+def _what_to_do(name: str, layers: list[Any] | None, dense: list[Any]) -> str:
+    """Why nothing is held as codes, and the next step."""
+    step = "a step of torch.compile(model.forward, backend='sphkv')"
+    if layers is None:
+        return (
+            f"{name} has no cache tensor that sphkv holds; expected a cache, or a module with one, that was in {step}"
+        )
+    if not dense:
+        born = any(hasattr(layer, "coded") for layer in layers)
+        return f"{name} holds no token yet: run a prompt with it" + ("" if born else f", and {step}")
+    if all(layer.is_sliding for layer in dense):
+        return f"{name} has sliding windows only, which are dense in eager code: run {step} with it"
+    refused = [v.refusal for graph in log.GRAPHS for v in graph.verdicts if v.refusal]
+    return (
+        f"{name} is dense: run {step} with it, or make it codes at once with sphkv_compile.adopt(cache, model.config, "
+        "bits=4)" + (f". The last attention that a graph of this process left dense: {refused[-1]}" if refused else "")
     )
 
 
 def _site(owner: Owner) -> SiteReport:
     state, g, layout = owner.state, owner.geometry, owner.layout
     rows = state.rows.tolist()
+    dense = g._replace(capacity=max(row[LENGTH] - row[BASE] for row in rows)) if owner.grows else g
     held = int((with_positions(state, layout).positions >= 0).sum())
     exact = sum(_exact(layout, row) for row in rows) * g.heads
     keeps = owner.pool.retention.keeps.get(owner) if owner.pool.retention else None
@@ -203,7 +257,7 @@ def _site(owner: Owner) -> SiteReport:
     return SiteReport(
         owner.holds_codes,
         "/".join(map(str, layout.tiers)),
-        layout.rope,
+        layout.rope if owner.rope_seen or layout.rope != "none" else "not seen yet",
         sum(row[LENGTH] - max(row[START], row[BASE]) for row in rows if row[START] >= 0),
         (held + exact) // g.heads,
         held // g.heads,
@@ -212,7 +266,7 @@ def _site(owner: Owner) -> SiteReport:
         sum(n * size for n, size in zip(used, extra)),
         state.table_bytes,
         state.fixed_bytes,
-        g.dense_bytes,
+        dense.dense_bytes,
         owner.imports,
         owner.exports,
         owner.recoded_tokens,
@@ -258,10 +312,11 @@ def _totals(r: Report) -> Table:
     table = Table(title="KV cache as spherical codes", title_justify="left", show_header=False)
     resident = r.resident_bytes
     limit = "-" if r.budget is None else f"{human(r.budget)}, {human(r.budgeted_bytes)}"
+    share = f"  ({resident / r.dense_bytes:.3f} of dense {human(r.dense_bytes)})" if r.dense_bytes else ""
     for name, value in (
         ("sites held as codes", f"{r.matched} of {len(r.sites)}"),
         ("encoded tokens (over sites)", f"{r.encoded_tokens:,}"),
-        ("resident, allocated", f"{human(resident)}  ({resident / r.dense_bytes:.3f} of dense {human(r.dense_bytes)})"),
+        ("resident, allocated", human(resident) + share),
         ("budget, of it taken", limit),
         ("  arena, of it in pages", f"{human(r.arena_bytes)}, {human(r.page_bytes)}"),
         ("  tables, anchors, positions", human(r._sum("table_bytes"))),
@@ -284,7 +339,7 @@ def _totals(r: Report) -> Table:
 
 def _by_site(r: Report) -> Table:
     table = Table(title="by site", title_justify="left")
-    for name in ("site", "tier", "RoPE", "logical", "coded", "pages", "page bytes", "max logit var"):
+    for name in ("site", "tier", "RoPE", "tokens of all rows", "of them coded", "pages", "page bytes", "max logit var"):
         table.add_column(name, justify="right")
     groups: dict[tuple, list[int]] = {}
     for i, s in enumerate(r.sites):

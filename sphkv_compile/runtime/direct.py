@@ -126,6 +126,7 @@ class CodedLayer:
         self.slots = self._slots()
         self.new: NewTokens | None = None
         self.planned = False  # whether a plan has seen this layer as it is laid out
+        owner.grows, owner.rope_seen = capacity is None, False
         cache.layers.append(self)
 
     @torch.inference_mode(False)

@@ -41,7 +41,8 @@ class Owner:
         handles: the tensors are outputs of a growing cache, without storage of their own.
         scale: of the softmax at this site; the error certificates need it.
 
-    ``frequencies``, once known: how far one token turns each pair of the rotary embedding, in radians.
+    ``frequencies``, once known: how far one token turns each pair of the rotary embedding, in radians. ``grows``: a
+    dense cache in its place would be as long as its tokens. ``rope_seen``: a graph has shown how positions turn keys.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Owner:
         self.imports = self.exports = self.recoded_tokens = 0
         self.last_export = ""
         self.frequencies: Tensor | None = None
+        self.grows, self.rope_seen = handles, True
         pool.owners.add(self)
         self._pages_go_back()
 
@@ -93,6 +95,7 @@ class Owner:
         where a cache that was filled in eager code does not: what is yet to be learnt goes by it."""
         if self.layout.stored != layout.stored:
             return False
+        self.rope_seen = True
         if self.layout.rope == "none" != layout.rope:
             self.layout = layout
         return True
@@ -281,6 +284,7 @@ class Owner:
         twin = Owner(self.layout, self.geometry, copy.deepcopy(self.pool, memo), self.handles, self.scale)
         for new, was in zip(twin.state[1:], self.state[1:]):
             new.copy_(was)  # the copied arena has the same pages at the same offsets
+        twin.grows, twin.rope_seen = self.grows, self.rope_seen
         twin.exports, twin.frequencies = 1, self.frequencies  # its tensors are dense until they are imported
         twin.shares = self.shares
         memo[id(self)] = twin

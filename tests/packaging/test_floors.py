@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 FLOORS = (
-    ("spec", "lowering"),
+    ("spec", "lowering", "printing"),
     ("codecs",),
     ("policies",),
     ("storage",),

@@ -1,11 +1,14 @@
 """report(): bytes that are allocated, counters that ran, heads that are flagged."""
 
+import copy
+
 import pytest
 import torch
 from rich.console import Console
 from transformers import DynamicCache, StaticCache
 
 import sphkv_compile
+from sphkv_compile import SphericalCache
 from sphkv_compile.integrations.transformers import cache_keyword
 from sphkv_compile.testing.tiny import tiny
 
@@ -114,3 +117,72 @@ def test_logit_noise_is_what_the_certificate_says():
 def test_nothing_to_report_is_said():
     with pytest.raises(ValueError, match="no cache tensor that sphkv holds"):
         sphkv_compile.report({"a": torch.zeros(1)})
+
+
+def read(model, cache, tokens):
+    """A prompt in eager code."""
+    with torch.no_grad():
+        model(torch.randint(5, 100, (1, tokens)), **{cache_keyword(model): cache})
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("make", "tokens", "said"),
+    [
+        (lambda config: SphericalCache(config, max_cache_len=64), 0, "SphericalCache holds no token yet: run a prompt"),
+        (lambda config: StaticCache(config, max_cache_len=64), 0, "no token yet: run a prompt with it, and a step of"),
+        (lambda config: DynamicCache(), 0, "no token yet"),
+        (lambda config: StaticCache(config, max_cache_len=64), 9, "StaticCache is dense: run a step of .*adopt"),
+        (lambda config: DynamicCache(config=config), 9, "DynamicCache is dense: run a step of torch.compile"),
+    ],
+)
+def test_a_cache_without_codes_gets_the_next_step(make, tokens, said):
+    """Bug: a compiled step for each, also for one that eager code fills with codes."""
+    model = tiny("llama", head_dim=16)
+    cache = make(model.config)
+    with pytest.raises(ValueError, match=said):
+        sphkv_compile.report(read(model, cache, tokens) if tokens else cache)
+
+
+def test_a_reason_of_a_dense_attention_is_passed_on():
+    model = tiny("llama", head_dim=16)
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="left dense: attention is written as matmul and softmax"):
+        sphkv_compile.report(decoded(model, StaticCache(config=model.config, max_cache_len=96), 20, 1))
+
+
+def test_sliding_windows_wait_for_a_compiled_model():
+    model = tiny("gemma3", head_dim=16)
+    cache = read(model, SphericalCache(model.config, max_cache_len=64), 9)
+    r = sphkv_compile.report(cache)
+    assert (len(r.sites), r.dense_layers, r.dense_windows) == (1, 1, 1)
+    assert "Dense layers with a sliding window: 1." in str(r)
+    model = tiny("mistral", head_dim=16)
+    with pytest.raises(ValueError, match=r"sliding windows only.*run a step of torch.compile"):
+        sphkv_compile.report(read(model, SphericalCache(model.config, max_cache_len=64), 9))
+
+
+def test_a_cache_that_grows_is_compared_with_its_tokens():
+    """Bug: with the room that it has grown to; and a division by zero of one without tokens."""
+    model = tiny("llama", head_dim=16)
+    cache = read(model, SphericalCache(model.config), 300)
+    for held in (cache, copy.deepcopy(cache), decoded(model, DynamicCache(config=model.config), 280, 20)):
+        assert sphkv_compile.report(held).dense_bytes == 2 * 2 * 2 * 300 * 16 * 4
+    cache.reset()
+    assert sphkv_compile.report(cache).dense_bytes == 0 and "of dense" not in str(sphkv_compile.report(cache))
+
+
+def test_the_rotary_embedding_is_seen_by_a_graph():
+    """Bug: "none", as of a model without one."""
+    model = tiny("llama", head_dim=16)
+    cache = read(model, SphericalCache(model.config, max_cache_len=96), 9)
+    assert {site.rope for site in sphkv_compile.report(cache).sites} == {"not seen yet"}
+    assert {site.rope for site in sphkv_compile.report(decoded(model, cache, 3, 2)).sites} == {"half"}
+
+
+def test_a_budget_below_what_does_not_grow_gets_a_notice(static):
+    model = tiny("llama", head_dim=64)
+    cache = read(model, SphericalCache(model.config, max_cache_len=600, budget=0.1), 300)
+    r = sphkv_compile.report(cache)
+    assert r.budget < r.fixed_bytes + r.aside_bytes and "A smaller window, span or plan_every" in str(r)
+    assert "does not grow takes" not in str(sphkv_compile.report(static))
