@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
+from torch.utils._pytree import tree_leaves
 
 from sphkv_compile.backend import backend
+from sphkv_compile.lowering import compat
 from sphkv_compile.passes.match import Verdict
 from sphkv_compile.passes.rewrite import geometry
 from sphkv_compile.patterns import Site
+from sphkv_compile.printing import Printed
 from sphkv_compile.report import noise_warning, report
 from sphkv_compile.runtime import log
 from sphkv_compile.runtime.breakeven import LENGTHS, break_even
 from sphkv_compile.runtime.certificate import Certificate
-from sphkv_compile.spec import CacheSpec, human, parse_bytes
+from sphkv_compile.spec import COMPILER_OPTIONS, CacheSpec, human, parse_bytes
 from sphkv_compile.storage.layout import Layout
 from sphkv_compile.testing.clock import timed
 
@@ -54,7 +59,7 @@ class SiteRow:
 
 
 @dataclass
-class Explanation:
+class Explanation(Printed):
     """What would become of a model.
 
     Args:
@@ -110,21 +115,33 @@ def explain(
     """Trace ``model(*args, **kwargs)`` and say what the backend does with each attention in it.
 
     The call runs on copies, uncompiled; the model's caches are as before. With no inputs, a transformers model is
-    traced at one decode step over a StaticCache with room for 4,096 tokens, which a budget is then for.
+    traced at one decode step over a StaticCache with room for 4,096 tokens, which a budget is then for. A cache that
+    has met no token yet is opened by the call in eager code, and empty again when the call is traced.
 
     Args:
-        options: as for ``torch.compile(..., options=...)``.
+        options: as for ``torch.compile(..., options=...)``; a SphericalCache says itself how it is stored.
         measure: time attention on this device to predict the break-even length; and, with no inputs, fill the cache
             with random tokens until some are coded, so that keys too large or too biased for their bits are seen.
+
+    Raises:
+        TypeError: an option among the model's arguments; ValueError: a SphericalCache that grows.
+        What the call raises, and the backend.
     """
-    options = {**(options or {}), "inductor": False, "strict": False}
+    options = options or {}
     spec = CacheSpec.from_options(options)
+    options = {**options, "inductor": False, "strict": False}
     if not args and not kwargs:
         args, kwargs = (), _example_call(model, coded_length(spec) if measure else 4)
+    call = _call(model)
+    _check_names(call, kwargs)
     args, kwargs = copy.deepcopy((args, kwargs))
+    layers = [c.layers for c in tree_leaves((args, kwargs)) if isinstance(getattr(c, "layers", None), list)]
     seen: list[log.Compiled] = []
     with torch.no_grad(), log.listening(seen.append):
-        torch.compile(_call(model), backend=backend, options=options, dynamic=False)(*args, **kwargs)
+        _open(layers, partial(call, *args, **kwargs))
+        compat.trace_afresh(call, partial(backend, options=options), args, kwargs)
+    if own := [layer.coded.spec for cache in layers for layer in cache if hasattr(layer, "coded")]:
+        seen = [dataclasses.replace(graph, spec=own[0]) for graph in seen]
     spec = next((g.spec for g in seen if g.rewritten), spec)  # what a budget came to
     rows = [row for i, graph in enumerate(seen) for row in _rows(i, graph)]
     sites = [v.site for graph in seen for v in graph.verdicts if v.site]
@@ -147,6 +164,41 @@ def coded_length(spec: CacheSpec) -> int:
 
 def _call(model: Callable) -> Callable:
     return model.forward if isinstance(model, torch.nn.Module) else model
+
+
+def _check_names(call: Callable, kwargs: dict[str, Any]) -> None:
+    """Raises: TypeError: an option that the model does not take."""
+    known = [*(f.name for f in dataclasses.fields(CacheSpec)), *COMPILER_OPTIONS]
+    given = {name: value for name, value in kwargs.items() if name in known}
+    if given := {name: given[name] for name in given.keys() - inspect.signature(call).parameters.keys()}:
+        raise TypeError(
+            f"explain() calls the model with what it is given, and {', '.join(given)} is an option of the "
+            f"backend; did you mean options={given!r}?"
+        )
+
+
+def _open(caches: list[list[Any]], call: Callable) -> None:
+    """Give transformers' caches that have met no token their tensors, which a compiled model cannot do.
+
+    Args:
+        caches: the layers of each.
+
+    Raises:
+        ValueError: a cache that is codes already, and grows.
+    """
+    capacities = [[getattr(layer, "max_cache_len", None) for layer in layers] for layers in caches]
+    for layers, rooms in zip(caches, capacities):
+        if any(room is None and hasattr(layer, "coded") for layer, room in zip(layers, rooms)):
+            raise ValueError(
+                "this SphericalCache grows, and no compiled model takes it: eager code attends to its codes as it is. "
+                "Give it max_cache_len, in tokens, to compile the model"
+            )
+    fixed = [layers for layers, rooms in zip(caches, capacities) if None not in rooms]
+    closed = [layers for layers in fixed if not all(layer.is_initialized for layer in layers)]
+    if closed:
+        call()
+        for layer in (layer for layers in closed for layer in layers):
+            layer.reset()
 
 
 def _example_call(model: Callable, filled: int) -> dict:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch._dynamo.config
 import torch._functorch.config
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 from torch._guards import CompileContext
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -16,7 +20,7 @@ from torch.fx import GraphModule
 
 __all__ = [
     "PATCHES", "compile_fx", "compile_fx_inner", "compiling", "functorch_patches", "inductor_cache", "inductor_options",
-    "interpret", "mode_patches", "recorded_graphs",
+    "interpret", "mode_patches", "recorded_graphs", "trace_afresh",
 ]  # fmt: skip
 
 PATCHES: dict[str, Any] = {"size_asserts": False}
@@ -72,6 +76,30 @@ def interpret(gm: GraphModule, example_inputs: list, **kwargs: Any) -> Callable:
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
+
+
+def trace_afresh(call: Callable, backend: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Run ``call``, compiled with ``backend`` as if nothing had been compiled before, and leave what was as it is.
+
+    Dynamo keeps its graphs, its failures and their count with the code of a function. Here that is a copy of a function
+    into which the call is inlined, and with which all goes. What the call's graph breaks leave to run by itself keeps
+    its own code, of which this trace shall count no recompilation.
+
+    Raises:
+        What the backend raised, and not what Dynamo makes of it.
+    """
+
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    code = traced.__code__.replace(co_name="explained")
+    traced = types.FunctionType(code, traced.__globals__, code.co_name, None, traced.__closure__)
+    unlimited = {"recompile_limit": sys.maxsize, "accumulated_recompile_limit": sys.maxsize}
+    try:
+        with torch._dynamo.config.patch(unlimited):
+            return torch.compile(traced, backend=lambda gm, inputs: backend(gm, inputs), dynamic=False)(*args, **kwargs)
+    except BackendCompilerFailed as failed:
+        raise failed.inner_exception from None
 
 
 def inductor_cache() -> str:

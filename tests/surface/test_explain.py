@@ -103,6 +103,106 @@ def test_sliding_windows_beside_a_budget_are_explained_as_uniform():
     assert "1 with a sliding window keep all of it at K4V4" in text
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("tokens", [1, 12])
+@pytest.mark.parametrize("kind", [StaticCache, sphkv_compile.SphericalCache])
+def test_a_cache_without_tokens_is_opened(kind, tokens, family):
+    """Bug: a refusal that says attention reads no cache, or Dynamo's fault within this package."""
+    model = tiny(family, head_dim=64)
+    cache = kind(model.config, max_cache_len=20)  # no room for the call twice
+    kept = {cache_keyword(model): cache}
+    e = sphkv_compile.explain(model, torch.arange(tokens)[None], measure=False, **kept)
+    assert (e.matched, len(e.rows), e.graphs) == (2, 2, 1)
+    assert int(cache.get_seq_length()) == 0 and not any(layer.is_initialized for layer in cache.layers)
+
+
+def test_a_spherical_cache_with_tokens_is_explained_and_left_alone():
+    model = tiny("llama", head_dim=64)
+    cache = sphkv_compile.SphericalCache(model.config, max_cache_len=600, bits="K4V2")
+    kept = {cache_keyword(model): cache}
+    with torch.no_grad():
+        model(torch.randint(5, 100, (1, 300)), **kept)
+    held = [x.clone() for x in cache.layers[0].codes.owner.state]
+    e = sphkv_compile.explain(model, torch.tensor([[7]]), measure=False, **kept)
+    assert e.matched == 2 and {row.tiers for row in e.rows} == {"K4V2"} and "in 1 graph, at K4V2." in shown(e)
+    assert cache.get_seq_length() == 300
+    assert all(map(torch.equal, held, cache.layers[0].codes.owner.state))
+
+
+def test_a_spherical_cache_says_its_budget():
+    """Bug: the options', which say none, and then an error."""
+    model = tiny("llama", head_dim=64)
+    cache = sphkv_compile.SphericalCache(model.config, max_cache_len=2048, budget=0.1)
+    e = sphkv_compile.explain(model, torch.tensor([[7]]), measure=False, **{cache_keyword(model): cache})
+    assert e.spec.budget == int(0.1 * 2048 * 2 * 2 * 512) and {row.kept for row in e.rows} == {True}
+    assert f"{e.spec.budget:,} bytes" in shown(e) and "(0.100)" in shown(e)
+
+
+def test_a_spherical_cache_that_grows_is_refused_with_what_to_do():
+    model = tiny("llama", head_dim=64)
+    cache = sphkv_compile.SphericalCache(model.config)
+    with pytest.raises(ValueError, match=r"SphericalCache grows.*Give it max_cache_len"):
+        sphkv_compile.explain(model, torch.tensor([[7]]), **{cache_keyword(model): cache})
+
+
+@pytest.mark.parametrize("given", [{"bits": 4}, {"budget": 0.1, "window": 64}, {"mode": "reduce-overhead"}])
+def test_an_option_among_the_models_arguments_is_named(given):
+    """Bug: the model's own complaint, which says nothing of options."""
+    with pytest.raises(TypeError, match=r"is an option of the backend; did you mean options=\{") as said:
+        sphkv_compile.explain(tiny("llama"), **given)
+    assert all(f"{name!r}: {value!r}" in str(said.value) for name, value in given.items())
+
+
+def test_an_argument_that_the_model_takes_is_no_option():
+    model = SliceCopy(head_dim=64)
+    e = sphkv_compile.explain(lambda x, window: model(x, window), torch.zeros(1, 1, 256), window=3, measure=False)
+    assert e.matched == 1
+
+
+def test_options_that_are_no_dict_are_refused():
+    with pytest.raises(TypeError, match="options='bits=4': expected a dict"):
+        sphkv_compile.explain(tiny("llama"), options="bits=4")
+
+
+def test_each_is_traced_afresh():
+    """Bug: nothing was found the second time, since Dynamo had its graphs already; and nothing after eight of them."""
+    model = tiny("llama")
+    for filled in range(4, 16):
+        e = sphkv_compile.explain(model, measure=False, **decode_step(model, filled))
+        assert (e.matched, e.graphs) == (2, 1)
+
+
+def test_a_call_that_failed_spoils_no_later_one():
+    """Bug: Dynamo skips code that has failed once, and the attentions after that were refused for reasons untrue."""
+    model = tiny("llama")
+    with pytest.raises(ValueError, match="input_ids"):
+        sphkv_compile.explain(model, use_cache=True)
+    e = sphkv_compile.explain(model, measure=False)
+    assert (e.matched, e.graphs) == (2, 1)
+
+
+def test_what_the_user_has_compiled_stays():
+    """Bug: a reset of Dynamo in an explanation costs every model of the process another compilation."""
+    from torch._dynamo.utils import counters
+
+    model = tiny("llama")
+    decode, step = torch.compile(model.forward, backend=sphkv_compile.backend, options={"inductor": False}), {}
+    with torch.no_grad():
+        for _ in range(2):
+            step = decode_step(model)
+            decode(**step)
+        before = counters["stats"]["unique_graphs"]
+        sphkv_compile.explain(model, measure=False)
+        explained = counters["stats"]["unique_graphs"]
+        decode(**decode_step(model))
+    assert explained > before and counters["stats"]["unique_graphs"] == explained
+
+
+def test_what_the_backend_raises_is_not_wrapped():
+    with pytest.raises(ValueError, match=r"^budget='1KiB' is 1,024 bytes.*Give at least that"):
+        sphkv_compile.explain(tiny("llama"), options={"budget": "1KiB"})
+
+
 def test_it_prints():
     text = shown(sphkv_compile.explain(tiny("llama"), measure=False))
     assert "static_index" in text and "2 of 2 attentions matched, in 1 graph, at K4V4." in text
