@@ -39,6 +39,7 @@ from transformers.utils import logging as transformers_logging
 import sphkv_compile
 from sphkv_compile.integrations.models import load
 from sphkv_compile.integrations.transformers import cache_keyword, decode_step
+from sphkv_compile.printing import wide_console
 from sphkv_compile.spec import CacheSpec
 from sphkv_compile.testing.compare import Run, decode, first_divergence, token_kl
 
@@ -155,7 +156,7 @@ def main(
         compiled = torch.compile(network.forward, backend=sphkv_compile.backend, options=options, fullgraph=True)
         # under a budget the prompt's queries say what matters, so the compiled model reads it
         coded = job.side("spherical", compiled, feed=dense.free.tokens, reads_prompt=budget is not None)
-    out, held = Console(), sphkv_compile.report(coded.cache)
+    out, held = wide_console(), sphkv_compile.report(coded.cache)
     out.print(explanation)
     out.print(held)
     out.print(texts(tokenizer, dense.free.tokens, coded.free.tokens))

@@ -12,13 +12,13 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 import sphkv_compile
 from sphkv_compile.integrations.models import load_bundled
+from sphkv_compile.printing import wide_console
 from sphkv_compile.testing.compare import Run, decode, first_divergence
 from sphkv_compile.testing.gpt_fast import GptFast, from_llama
 
@@ -70,7 +70,7 @@ def main(
     table = Table("", "text", "cache bytes", "tokens/s", title=f"{ids.shape[1]} tokens of prompt, {rope} RoPE")
     for name, run, held in (("dense", dense, dense_bytes), ("spherical", coded, report.resident_bytes)):
         table.add_row(name, tokenizer.decode(run.tokens), f"{held:,}", f"{run.tokens_per_second:.2f}")
-    console = Console()
+    console = wide_console()
     console.print(report)
     console.print(table)
     console.print(f"greedy tokens that agree: {len(dense.tokens) if at is None else at} of {len(dense.tokens)}")

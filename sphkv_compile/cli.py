@@ -2,39 +2,41 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from typing import Annotated
+import traceback
+from typing import Annotated, Any
 
-import torch
 import typer
-from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
 
 from sphkv_compile.bench.app import app as bench
 from sphkv_compile.codecs.packing import check_dim
 from sphkv_compile.eval.app import evaluate
+from sphkv_compile.printing import wide_console
 from sphkv_compile.spec import CacheSpec, human
 
-app = typer.Typer(help="KV caches as spherical codes, for unmodified PyTorch models.", no_args_is_help=True)
+
+class Commands(TyperGroup):
+    """A fault of what was typed ends a command with one sentence: what this package says is wrong, and files that are
+    not there. Any other fault keeps its traceback. Raises: typer.BadParameter."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, TypeError, OSError, ModuleNotFoundError) as fault:
+            *_, (frame, _) = traceback.walk_tb(fault.__traceback__)
+            ours = frame.f_globals["__name__"].startswith("sphkv_compile.")
+            if not ours and getattr(fault, "filename", None) is None:
+                raise
+            raise typer.BadParameter(str(fault)) from None
+
+
+app = typer.Typer(
+    cls=Commands, help="KV caches as spherical codes, for unmodified PyTorch models.", no_args_is_help=True
+)
 app.add_typer(bench, name="bench")
 app.command("eval")(evaluate)
-console = Console()
-
 Model = Annotated[str, typer.Option(help="'smollm2', 'gemma3' (bundled), a Hugging Face folder, or a .gguf file.")]
-
-
-@contextlib.contextmanager
-def _usage() -> Iterator[None]:
-    """A fault of what was typed ends the command with one sentence. Raises: typer.BadParameter."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as fault:
-        raise typer.BadParameter(str(fault)) from None
-
-
-def _bits(text: str) -> int | str:
-    return int(text) if text.isdigit() else text
 
 
 @app.command()
@@ -44,24 +46,21 @@ def explain(
     budget: Annotated[
         str | None, typer.Option(help="In place of --bits: 64MiB, 0.125 (of the dense bytes), or 64B/token.")
     ] = None,
-    length: Annotated[int, typer.Option(help="Tokens that the cache has room for, and a budget is for.")] = 4096,
+    length: Annotated[int, typer.Option(min=2, help="Tokens that the cache has room for, and a budget is for.")] = 4096,
     dtype: str = "bfloat16",
 ) -> None:
     """Say what the backend does with each attention of a model, and from which length on it pays."""
-    from sphkv_compile.eval.order import DTYPES, one_of
     from sphkv_compile.explain import coded_length
     from sphkv_compile.explain import explain as explain_model
-    from sphkv_compile.integrations.models import find, load
+    from sphkv_compile.integrations.models import dtype_of, find, load
     from sphkv_compile.integrations.transformers import decode_step
 
-    options = {"bits": bits and _bits(bits), "budget": budget}
-    with _usage():
-        CacheSpec.from_options(options)
-        one_of("dtype", dtype, DTYPES)
-        find(model)
+    options = {"bits": bits, "budget": budget}
+    spec, number, console = CacheSpec.from_options(options), dtype_of(dtype), wide_console()
+    find(model)  # all that can be wrong, before anything is loaded
     with console.status(f"loading {model}"):
-        loaded, _ = load(model, dtype=getattr(torch, dtype))
-    filled = min(coded_length(CacheSpec.from_options(options)), length - 1)
+        loaded, _ = load(model, dtype=number)
+    filled = min(coded_length(spec), length - 1)
     with console.status("tracing one decode step"):
         console.print(explain_model(loaded, options=options, **decode_step(loaded, filled, length)))
 
@@ -70,17 +69,17 @@ def explain(
 def inspect(
     k_dim: Annotated[int, typer.Option(help="head_dim of keys.")] = 128,
     v_dim: Annotated[int | None, typer.Option(help="head_dim of values; the keys' by default.")] = None,
-    kv_heads: int = 8,
-    layers: int = 32,
-    length: Annotated[int, typer.Option(help="Cached tokens.")] = 32768,
+    kv_heads: Annotated[int, typer.Option(min=1)] = 8,
+    layers: Annotated[int, typer.Option(min=1)] = 32,
+    length: Annotated[int, typer.Option(min=1, help="Cached tokens.")] = 32768,
     bits: Annotated[str, typer.Option(help="Tiers to show, separated by commas.")] = "K8V4,K4V4,K4V2,K3V2,K2V2",
 ) -> None:
     """Show where the bytes of a cache go, field by field and tier by tier, beside bfloat16."""
-    with _usage():
-        tiers = [CacheSpec(bits=_bits(b)) for b in bits.split(",")]
-        for dim in (k_dim, v_dim or k_dim):
-            check_dim(dim)
-    console.print(byte_table(k_dim, v_dim or k_dim, kv_heads, layers, length, tiers))
+    v_dim = k_dim if v_dim is None else v_dim
+    tiers = [CacheSpec(bits=b) for b in bits.split(",")]
+    for dim in (k_dim, v_dim):
+        check_dim(dim)
+    wide_console().print(byte_table(k_dim, v_dim, kv_heads, layers, length, tiers))
 
 
 def byte_table(k_dim: int, v_dim: int, heads: int, layers: int, length: int, tiers: list[CacheSpec]) -> Table:
@@ -119,6 +118,7 @@ def doctor() -> None:
     """Print what a bug report needs, and run a short self-test; exit code 1 if it fails."""
     from sphkv_compile.doctor import doctor as diagnose
 
+    console = wide_console()
     with console.status("checking"):
         diagnosis = diagnose()
     console.print(diagnosis)

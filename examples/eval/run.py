@@ -32,6 +32,7 @@ from sphkv_compile.eval.kivi import Kivi
 from sphkv_compile.eval.methods import Method
 from sphkv_compile.eval.turboquant import TurboQuant
 from sphkv_compile.integrations.models import available, load
+from sphkv_compile.printing import wide_console
 from sphkv_compile.spec import CacheSpec
 
 RECORDS = Path(__file__).with_name("records")
@@ -116,7 +117,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs, prints and writes; the exit code is 1 when a target is missed."""
-    args, console = parse(argv), Console()
+    args, console = parse(argv), wide_console()
     rows = evaluate(args, console)
     if args.out:
         write(rows, args.out)

@@ -31,8 +31,8 @@ def attention(
     spread: Annotated[str, typer.Option(help="Standard deviations of the logits.")] = "2",
     ragged: Annotated[bool, typer.Option("--ragged", help="Also rows of unequal length.")] = False,
     peers: Annotated[bool, typer.Option("--peers", help="Also other caches and kernels, where they run.")] = False,
-    heads: Annotated[int, typer.Option(help="kv heads.")] = 8,
-    group: Annotated[int, typer.Option(help="Query heads of each.")] = 4,
+    heads: Annotated[int, typer.Option(min=1, help="kv heads.")] = 8,
+    group: Annotated[int, typer.Option(min=1, help="Query heads of each.")] = 4,
     name: Name = None,
     out: Out = None,
 ) -> None:
@@ -40,7 +40,7 @@ def attention(
     need_cuda("attention", "cuda")
     from sphkv_compile.bench import attention as bench
 
-    menu, spreads = tiers.split(","), [float(x) for x in spread.split(",")]
+    menu, spreads = tiers.split(","), numbers(spread, float)
     shapes = numbers(batch), numbers(length), numbers(dim)
     rows: list[dict[str, Any]] = []
     missing: dict[str, str] = {}
@@ -82,7 +82,7 @@ def plan(
     batch: Batches = "1",
     length: Lengths = "131072",
     budget: Annotated[str, typer.Option(help="Shares of bfloat16's bytes, separated by commas.")] = "0.125",
-    layers: Annotated[int, typer.Option(help="Of Llama-3-8B's shape.")] = 32,
+    layers: Annotated[int, typer.Option(min=1, help="Of Llama-3-8B's shape.")] = 32,
     device: str = "cuda",
     name: Name = None,
     out: Out = None,
@@ -93,8 +93,8 @@ def plan(
 
     rows: list[dict[str, Any]] = []
     record = {**header(device), "rows": rows}
-    shares = [float(x) for x in budget.split(",")]
-    for row in bench.run(numbers(batch), numbers(length), shares, bench.Shape(layers), device):
+    shapes = numbers(batch), numbers(length), numbers(budget, float)
+    for row in bench.run(*shapes, bench.Shape(layers), device):
         rows.append(row)
         save(record, "plan", name, out)  # after every row: what was measured is kept
     Console(width=max(console.width, 100)).print(record["card"], bench.table(rows))
@@ -106,12 +106,12 @@ def decode(
     model: Annotated[
         str, typer.Option(help="Bundled name, folder or .gguf; 'random' has SmolLM2's shape.")
     ] = "smollm2",
-    length: Annotated[int, typer.Option(help="Cached tokens.")] = 4096,
+    length: Annotated[int, typer.Option(min=1, help="Cached tokens.")] = 4096,
     bits: Annotated[str, typer.Option(help="Widths, separated by commas.")] = "4",
     dtype: str = "float32",
-    steps: Annotated[int, typer.Option(help="Steps in a block.")] = 8,
-    blocks: int = 6,
-    threads: Annotated[int, typer.Option(help="0: as torch has them.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Steps in a block.")] = 8,
+    blocks: Annotated[int, typer.Option(min=1)] = 6,
+    threads: Annotated[int, typer.Option(min=0, help="0: as torch has them.")] = 0,
     name: Name = None,
     out: Out = None,
 ) -> None:
@@ -132,11 +132,11 @@ def model(
         str, typer.Option(help="hf, loop, and widths of ours, separated by commas.")
     ] = "hf,loop,K4V4,K4V2",
     shape: Annotated[str, typer.Option(help="8b (Llama-3-8B's) or tiny.")] = "8b",
-    layers: Annotated[int, typer.Option(help="Fewer layers than the shape has; 0: all.")] = 0,
-    steps: Annotated[int, typer.Option(help="Steps on the clock, in blocks of 16.")] = 64,
+    layers: Annotated[int, typer.Option(min=0, help="Fewer layers than the shape has; 0: all.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Steps on the clock, in blocks of 16.")] = 64,
     fill: Annotated[str, typer.Option(help="How ours gets its codes: cache, layers, auto.")] = "auto",
     ttft: Annotated[bool, typer.Option("--ttft", help="Also the time to the first decoded token.")] = False,
-    chunk: Annotated[int, typer.Option(help="Also ours prefilled by compiled chunks of this size.")] = 0,
+    chunk: Annotated[int, typer.Option(min=0, help="Also ours prefilled by compiled chunks of this size.")] = 0,
     sdpa: Annotated[str, typer.Option(help="The loop's kernel: flash, cudnn, torch, auto.")] = "auto",
     device: str = "cuda",
     dtype: str = "bfloat16",
@@ -174,8 +174,12 @@ def model(
 
 
 def need_cuda(bench: str, device: str) -> None:
-    """Raises: typer.Exit: the bench needs a GPU, and this machine has none."""
-    if torch.device(device).type != "cuda" or torch.cuda.is_available():
+    """Raises: typer.Exit: the bench needs a GPU, and this machine has none; ValueError: there is no such device."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f"device {device!r}: expected 'cuda' or 'cpu'") from None
+    if kind != "cuda" or torch.cuda.is_available():
         return
     built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
     console.print(

@@ -28,6 +28,7 @@ from rich.table import Table
 
 import sphkv_compile
 from sphkv_compile.bench.record import card
+from sphkv_compile.integrations.models import dtype_of
 from sphkv_compile.integrations.transformers import cache_keyword
 from sphkv_compile.runtime.runner import Runner
 
@@ -184,7 +185,7 @@ def overhead(samples: list[float]) -> Iterator[None]:
 def run(job: Job) -> dict[str, Any]:
     """Every side, block by block in turns, and the record of it."""
     torch.set_num_threads(job.threads)
-    model = load(job.model, getattr(torch, job.dtype))
+    model = load(job.model, dtype_of(job.dtype))
     prompt = job.prompt(model.config.vocab_size)
     sides: dict[str, Side] = {}
     for name in ("dense", *job.bits):
@@ -244,7 +245,7 @@ def table(record: dict[str, Any]) -> Table:
 def main(job: Job, side: str) -> None:
     """Print one side's memory, as JSON: what the process of its own does."""
     torch.set_num_threads(job.threads)
-    model = load(job.model, getattr(torch, job.dtype))
+    model = load(job.model, dtype_of(job.dtype))
     print(json.dumps(peaks(model, job.prompt(model.config.vocab_size), job.capacity, side)))
 
 

@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,16 @@ def save(record: dict[str, Any], bench: str, name: str | None, out: Path | None)
     return path
 
 
-def numbers(text: str) -> list[int]:
-    """``"1,8"`` -> [1, 8]."""
-    return [int(part) for part in text.split(",")]
+def numbers(text: str, kind: Callable[[str], Any] = int) -> list[Any]:
+    """``"1,8"`` -> [1, 8]. Raises: ValueError: something else than positive numbers of that kind."""
+    try:
+        found = [kind(part) for part in text.split(",")]
+    except ValueError:
+        found = [0]
+    if not min(found) > 0:
+        example = "1,8" if kind is int else "0.5,2"
+        raise ValueError(f"{text!r}: expected positive numbers, separated by commas, such as {example!r}")
+    return found
 
 
 def missing(row: dict[str, Any], keys: Sequence[str] = ROW) -> list[str]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import sphkv_compile
 from sphkv_compile.bench.loop import Loop, attentions, caches
+from sphkv_compile.integrations.models import dtype_of
 from sphkv_compile.integrations.transformers import cache_keyword
 from sphkv_compile.ops.append import append
 from sphkv_compile.ops.decode import packing
@@ -88,7 +89,7 @@ class Job:
 
     @property
     def number(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
+        return dtype_of(self.dtype)
 
 
 def build(job: Job) -> Any:

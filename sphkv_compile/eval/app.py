@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+
+from sphkv_compile.printing import wide_console
 
 if TYPE_CHECKING:
     from sphkv_compile.eval.order import Order
@@ -85,7 +86,7 @@ def run(order: Order, out: Path, append: bool) -> None:
     from sphkv_compile.eval.record import Record, record_of
     from sphkv_compile.eval.texts import TooShort
 
-    console = Console()
+    console = wide_console()
     try:
         order.check()
     except (ValueError, OSError, ImportError) as fault:

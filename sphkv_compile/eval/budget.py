@@ -25,7 +25,7 @@ from sphkv_compile.eval import coherence, divergence, needles, texts, utilities
 from sphkv_compile.eval.contenders import Cell, cells
 from sphkv_compile.eval.order import Order, short
 from sphkv_compile.eval.record import Row
-from sphkv_compile.integrations.models import load
+from sphkv_compile.integrations.models import dtype_of, load
 
 Job = Callable[[list[Cell]], Iterator[Row]]
 """All cells on one dense prefill."""
@@ -70,7 +70,7 @@ def evaluate(order: Order, console: Console) -> Iterator[tuple[str, Row]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         for name in order.models:
-            model, tokenizer = load(name, getattr(torch, order.dtype))
+            model, tokenizer = load(name, dtype_of(order.dtype))
             model.to(order.device)
             for task in order.tasks:
                 work, todo = jobs(task, model, tokenizer, order), cells_of(task, order)

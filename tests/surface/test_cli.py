@@ -98,11 +98,16 @@ def test_explain_loads_a_folder(tmp_path):
     assert "tokenizer" in str(result.exception or result.output).lower() or result.exit_code == 0
 
 
-def test_explain_takes_a_budget(monkeypatch):
+@pytest.fixture
+def small(monkeypatch):
+    """In place of the bundled model."""
     from sphkv_compile.integrations import models
 
     monkeypatch.setattr(models, "load", lambda name, dtype: (tiny("llama", head_dim=64, dtype=dtype), None))
     monkeypatch.setattr(models, "find", lambda name: None)
+
+
+def test_explain_takes_a_budget(small):
     result = run(app, ["explain", "--budget", "0.1", "--length", "2048"], env=WIDE)
     assert result.exit_code == 0, result.exception
     assert f"{int(0.1 * 2048 * 2 * 2 * 256):,} bytes" in result.output and "policy rdr" in result.output
@@ -116,13 +121,64 @@ def test_explain_takes_a_budget(monkeypatch):
         (["explain", "--budget", "64/token"], "did you mean '64B/token'"),
         (["explain", "--dtype", "bfloat"], "did you mean 'bfloat16'"),
         (["explain", "--model", "smollm"], "the nearest name is 'smollm2'"),
+        (["explain", "--length", "0"], "Invalid value for '--length'"),
+        (["explain", "--budget", "25%"], "did you mean 0.25"),
         (["inspect", "--k-dim", "60"], "nearest multiple of 8 is 64"),
+        (["inspect", "--v-dim", "0"], "nearest multiple of 8 is 8"),
+        (["inspect", "--length", "-1"], "Invalid value for '--length'"),
+        (["inspect", "--layers", "0"], "Invalid value for '--layers'"),
+        (["inspect", "--kv-heads", "-8"], "Invalid value for '--kv-heads'"),
+        (["bench", "plan", "--device", "cpu", "--length", "a"], "'a': expected positive numbers, separated by commas"),
+        (["bench", "plan", "--device", "cpu", "--budget", "0"], "such as '0.5,2'"),
+        (["bench", "plan", "--device", "cpuu"], "expected 'cuda' or 'cpu'"),
+        (["bench", "model", "--device", "cpu", "--batch", "0"], "'0': expected positive numbers"),
+        (["bench", "decode", "--blocks", "0"], "Invalid value for '--blocks'"),
+        (["bench", "decode", "--model", "random", "--dtype", "bfloat"], "did you mean 'bfloat16'"),
+        (["eval", "--prompt", "0"], "expected 196 or more"),
     ],
 )
 def test_a_fault_of_what_was_typed_is_one_sentence(typed, said):
     """Bug: a traceback."""
     result = run(app, typed, env=WIDE)
     assert result.exit_code == 2 and said in result.output and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("length", [[], ["--length", "300"]])
+def test_a_budget_that_is_too_small_is_one_sentence(length, small):
+    """Bug: what the backend raised within Dynamo came with Dynamo's words and a traceback."""
+    result = run(app, ["explain", "--budget", "1KiB", *length], env=WIDE)
+    assert result.exit_code == 2 and "Traceback" not in result.output and "Dynamo" not in result.output
+    assert "budget='1KiB' is 1,024 bytes" in result.output and "Give at least that" in result.output
+
+
+def test_the_shortest_cache_is_explained(small):
+    result = run(app, ["explain", "--length", "2"], env=WIDE)
+    assert result.exit_code == 0 and "2 of 2 attentions matched" in result.output
+
+
+def test_a_folder_that_is_not_there_is_one_sentence(monkeypatch, tmp_path):
+    import sphkv_compile.doctor as doctor
+
+    monkeypatch.setattr(doctor, "doctor", lambda: (tmp_path / "no" / "where").read_text())
+    result = run(app, ["doctor"], env=WIDE)
+    assert result.exit_code == 2 and "No such file" in result.output and "Traceback" not in result.output
+
+
+def test_a_fault_of_other_code_keeps_its_traceback(monkeypatch):
+    """Bug: a fault within torch, of which the user's words are not the cause, would be hidden."""
+    import sphkv_compile.doctor as doctor
+
+    monkeypatch.setattr(doctor, "doctor", lambda: torch.zeros(2).view(3, "a"))
+    result = run(app, ["doctor"], env=WIDE)
+    assert isinstance(result.exception, TypeError) and result.exit_code == 1
+
+
+def test_without_a_terminal_no_table_is_cut():
+    """Bug: 80 columns, in a pipe or a file too."""
+    tiers = "K8V8,K8V4,K4V4,K4V3,K4V2,K3V2,K2V2,K16V16"
+    result = run(app, ["inspect", "--bits", tiers, "--length", "123456"], env={"COLUMNS": None, "TERM": "dumb"})
+    assert "\u2026" not in result.output and "cache of 123,456 tokens" in result.output
+    assert all(tier in result.output for tier in tiers.split(","))
 
 
 def test_the_entry_point_is_the_only_registration():
