@@ -358,7 +358,7 @@ def test_the_least_budget_is_enough_and_no_less_is_taken():
     config = tiny("llama").config
     site = Geometry(2, 2, CAPACITY, config.head_dim, config.head_dim, torch.float32, torch.float32, False, 2)
     options = {key: value for key, value in SMALL.items() if key != "inductor"}
-    least = least_bytes(CacheSpec(budget=1, **options), [site] * config.num_hidden_layers)
+    least = least_bytes(CacheSpec(budget=1.0, **options), [site] * config.num_hidden_layers)
     model = Model(budget=least)
     cache, ids = model.cache(), model.ids(500)
     model(cache, ids[:, :450])

@@ -257,14 +257,14 @@ def test_adopt_changes_all_layers_or_none():
     Run(cache, model().forward).call(prompt(20))
     before = list(cache.layers)
     with pytest.raises(ValueError, match="takes at least"):
-        adopt(cache, model().config, budget=100, window=8, span=16, page=8)
+        adopt(cache, model().config, budget=1000, window=8, span=16, page=8)
     assert cache.layers == before
     Run(cache, model().forward).call(prompt(1))
 
 
 def test_a_budget_that_is_too_small_says_the_least_one():
     with pytest.raises(ValueError, match="takes at least"):
-        filled(4, budget=100)
+        filled(4, budget=1000)
 
 
 def test_crop_is_asked_for_in_negative_numbers():
