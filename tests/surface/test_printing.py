@@ -7,6 +7,7 @@ from rich.table import Table
 
 import sphkv_compile
 from sphkv_compile.doctor import Check, Diagnosis
+from sphkv_compile.integrations.transformers import cache_keyword
 from sphkv_compile.printing import as_text, wide_console
 from sphkv_compile.testing.tiny import tiny
 
@@ -40,7 +41,7 @@ def test_an_explanation_and_a_report_print_as_tables():
     model = tiny("llama", head_dim=16)
     cache = sphkv_compile.SphericalCache(model.config, bits=4)
     with torch.no_grad():
-        model(torch.arange(9)[None], cache=cache)
+        model(torch.arange(9)[None], **{cache_keyword(model): cache})
     explanation, report = sphkv_compile.explain(model, measure=False), sphkv_compile.report(cache)
     assert "2 of 2 attentions matched, in 1 graph, at K4V4." in str(explanation)
     assert "bytes/token" in f"{explanation}" and "\u2026" not in str(explanation)
