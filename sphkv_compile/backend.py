@@ -27,6 +27,7 @@ from sphkv_compile.passes.text import graph_text
 from sphkv_compile.passes.verify import verify
 from sphkv_compile.patterns import Refusal
 from sphkv_compile.runtime import log
+from sphkv_compile.runtime.breakeven import warn_where_slower
 from sphkv_compile.runtime.budget import resolve
 from sphkv_compile.runtime.runner import Runner, release_others
 from sphkv_compile.spec import CacheSpec, SiteRefused
@@ -98,6 +99,9 @@ def compile_inner(
         for site, binding in zip(sites, rewritten.bindings):
             heads, device = int(site.q.meta["val"].shape[1]), site.k_buf.meta["val"].device
             check_kernels(binding.layout, geometry(site), heads, device)
+        if compiler is not compat.interpret:  # node by node is for debugging
+            layouts = [binding.layout for binding in rewritten.bindings]
+            warn_where_slower(list(zip(layouts, map(geometry, sites))), sites[0].k_buf.meta["val"].device)
     return Runner(run, dense, prologue, rewritten, count, lookout, spec)
 
 

@@ -1,18 +1,17 @@
-"""From which length on attention over codes is faster than over dense keys and values: timed, on this device.
-
-Not while a graph is compiled: the steps of a CPU were slower after that, for a reason that is not known.
-"""
+"""From which length on attention over codes is faster than over dense keys and values: timed, on this device."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 
 from sphkv_compile.ops.decode import attend, on_device
+from sphkv_compile.runtime.log import warn_once
 from sphkv_compile.runtime.pool import arena_bytes, reserve
 from sphkv_compile.storage.arena import Arena
 from sphkv_compile.storage.layout import Layout
@@ -89,3 +88,32 @@ def _time_attention(layout: Layout, g: Geometry, device: torch.device, graphed: 
     if (fused := on_device(layout, q, new_k, new_v, mask)) is not None:
         return graphed(lambda: fused.attend(*new, None, n - 1, n, mask, None, False)), graphed(dense)
     return wall_clock(lambda: attend(*new, n - 1, 0, n, mask, False, None)), wall_clock(dense)
+
+
+def warn_where_slower(sites: list[tuple[Layout, Geometry]], device: torch.device) -> None:
+    """Warn once for each kind of cache that is too short to decode faster as codes than dense.
+
+    Nothing is said where it is not known: of a cache that grows, or rolls, or drops tokens, and of a GPU's kernels,
+    which are timed within a CUDA graph, and by ``explain`` alone. The longest cache of a model counts, and its rows
+    together, since a step has its fixed cost but once.
+    """
+    known = [(at, g) for at, g in sites if g.capacity and not (g.rolling or at.kept or at.tiled)]
+    if not known:
+        return
+    layout, g = max(known, key=lambda site: site[1].capacity)
+    even, tokens = _predicted(layout, g._replace(batch=1, capacity=0), device), g.batch * g.capacity
+    if even is not None and (even <= tokens or even == LENGTHS[0]):  # the shortest length that is tried is a limit
+        return
+    where = f"at no length up to {LENGTHS[-1]:,} tokens" if even is None else f"from {even:,} cached tokens on"
+    rows = f"{g.batch} rows of " * (g.batch > 1)
+    warn_once(
+        ("slower", layout, g, device),
+        f"this cache holds {rows}{g.capacity:,} tokens, and attention over its codes ({layout.summary}) is predicted "
+        f"faster than dense on {device} {where}; make the cache longer, give fewer bits, leave the model dense, or "
+        "ignore this where bytes are what counts",
+    )
+
+
+@lru_cache(None)
+def _predicted(layout: Layout, g: Geometry, device: torch.device) -> int | None:
+    return break_even(layout, g, device)
