@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -20,24 +20,30 @@ from sphkv_compile.storage.state import LENGTH, Geometry, empty_state
 LENGTHS = (512, 2048, 8192)
 """Cached tokens at which attention is timed."""
 
+MARGIN = 1.5
+"""By which a cache must be too short before it is said: the same prediction varies by as much between processes."""
+
 Clock = Callable[[Callable[[], object]], float]
 """Seconds that a call takes."""
 
 
-def wall_clock(run: Callable[[], object], repeats: int = 9) -> float:
-    """The median of a few calls, launches included. Units: seconds."""
-    run()
-    seconds = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)
+def in_turns(*runs: Callable[[], object], rounds: int = 9) -> list[float]:
+    """The shortest of a few calls of each, launches included: other work on the machine only ever adds, and taking
+    turns meets all alike. Units: seconds."""
+    shortest = [math.inf] * len(runs)
+    for _ in range(rounds + 1):  # the first is to warm up, and never the shortest
+        for i, run in enumerate(runs):
+            begin = time.perf_counter()
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            shortest[i] = min(shortest[i], time.perf_counter() - begin)
+    return shortest
 
 
-def break_even(layout: Layout, g: Geometry, device: torch.device, graphed: Clock = wall_clock) -> int | None:
+def break_even(
+    layout: Layout, g: Geometry, device: torch.device, graphed: Clock = lambda run: in_turns(run)[0]
+) -> int | None:
     """Cached tokens of one row from which a decode step's attention over codes is faster than over dense keys and
     values; None: at no length up to the longest that is tried.
 
@@ -62,7 +68,7 @@ def break_even(layout: Layout, g: Geometry, device: torch.device, graphed: Clock
     return None
 
 
-def _time_attention(layout: Layout, g: Geometry, device: torch.device, graphed: Clock) -> tuple[float, float]:
+def _time_attention(layout: Layout, g: Geometry, device: torch.device, graphed: Clock) -> Sequence[float]:
     """Seconds of one decode attention over a full cache: codes, dense."""
     n, h, hq = g.capacity, g.heads, g.heads * g.group
     arena = Arena(max(64, arena_bytes(layout, g)), device)
@@ -87,7 +93,7 @@ def _time_attention(layout: Layout, g: Geometry, device: torch.device, graphed: 
     new = state, layout, q, new_k, new_v
     if (fused := on_device(layout, q, new_k, new_v, mask)) is not None:
         return graphed(lambda: fused.attend(*new, None, n - 1, n, mask, None, False)), graphed(dense)
-    return wall_clock(lambda: attend(*new, n - 1, 0, n, mask, False, None)), wall_clock(dense)
+    return in_turns(lambda: attend(*new, n - 1, 0, n, mask, False, None), dense)
 
 
 def warn_where_slower(sites: list[tuple[Layout, Geometry]], device: torch.device) -> None:
@@ -102,7 +108,7 @@ def warn_where_slower(sites: list[tuple[Layout, Geometry]], device: torch.device
         return
     layout, g = max(known, key=lambda site: site[1].capacity)
     even, tokens = _predicted(layout, g._replace(batch=1, capacity=0), device), g.batch * g.capacity
-    if even is not None and (even <= tokens or even == LENGTHS[0]):  # the shortest length that is tried is a limit
+    if even is not None and (even <= MARGIN * tokens or even == LENGTHS[0]):  # the shortest length that is tried is a limit
         return
     where = f"at no length up to {LENGTHS[-1]:,} tokens" if even is None else f"from {even:,} cached tokens on"
     rows = f"{g.batch} rows of " * (g.batch > 1)
