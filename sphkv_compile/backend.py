@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule
+from torch.utils._python_dispatch import _disable_current_modes
 
 from sphkv_compile.lowering import compat
 from sphkv_compile.ops import schema
@@ -26,7 +27,6 @@ from sphkv_compile.passes.text import graph_text
 from sphkv_compile.passes.verify import verify
 from sphkv_compile.patterns import Refusal
 from sphkv_compile.runtime import log
-from sphkv_compile.runtime.breakeven import warn_where_slower
 from sphkv_compile.runtime.budget import resolve
 from sphkv_compile.runtime.runner import Runner, release_others
 from sphkv_compile.spec import CacheSpec, SiteRefused
@@ -94,14 +94,11 @@ def compile_inner(
     if "static_input_idxs" in kwargs:
         kwargs["static_input_idxs"] = _static_inputs(kwargs["static_input_idxs"], rewritten)
     run = compiler(gm, inputs, **kwargs)
-    with compat.plainly():  # here every new tensor would be a fake one, and attention slow
+    with _disable_current_modes():  # here every new tensor would be a fake one
         for site, binding in zip(sites, rewritten.bindings):
             heads, device = int(site.q.meta["val"].shape[1]), site.k_buf.meta["val"].device
             check_kernels(binding.layout, geometry(site), heads, device)
-        if compiler is not compat.interpret:  # node by node is for debugging
-            layouts = [binding.layout for binding in rewritten.bindings]
-            warn_where_slower(list(zip(layouts, map(geometry, sites))), sites[0].k_buf.meta["val"].device)
-    return Runner(run, dense, prologue, rewritten, count, lookout, spec)
+    return Runner(run, dense, prologue, rewritten, count, lookout, spec, is_for_speed=compiler is not compat.interpret)
 
 
 def _verdicts(gm: GraphModule) -> list[Verdict]:

@@ -12,17 +12,15 @@ from typing import Any
 import torch
 import torch._dynamo.config
 import torch._functorch.config
-from torch._dispatch.python import no_python_dispatcher
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 from torch._guards import CompileContext
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.fx import GraphModule
-from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
     "PATCHES", "compile_fx", "compile_fx_inner", "compiling", "functorch_patches", "inductor_cache", "inductor_options",
-    "interpret", "mode_patches", "plainly", "recorded_graphs", "trace_afresh",
+    "interpret", "mode_patches", "recorded_graphs", "trace_afresh",
 ]  # fmt: skip
 
 PATCHES: dict[str, Any] = {"size_asserts": False}
@@ -60,13 +58,6 @@ def inductor_options(given: Any) -> dict[str, Any]:
 def functorch_patches() -> Iterator[None]:
     """AOTAutograd's cache would skip our passes, and keep graphs in which nothing was matched."""
     with torch._functorch.config.patch(enable_autograd_cache=False):
-        yield
-
-
-@contextlib.contextmanager
-def plainly() -> Iterator[None]:
-    """Run what stands within as if nothing was being compiled: on real tensors, and as fast as it is."""
-    with _disable_current_modes(), no_python_dispatcher():
         yield
 
 

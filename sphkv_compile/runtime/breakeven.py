@@ -108,7 +108,8 @@ def warn_where_slower(sites: list[tuple[Layout, Geometry]], device: torch.device
         return
     layout, g = max(known, key=lambda site: site[1].capacity)
     even, tokens = _predicted(layout, g._replace(batch=1, capacity=0), device), g.batch * g.capacity
-    if even is not None and (even <= MARGIN * tokens or even == LENGTHS[0]):  # the shortest length that is tried is a limit
+    pays = even is not None and (even <= MARGIN * tokens or even == LENGTHS[0])  # nothing shorter is tried
+    if pays:
         return
     where = f"at no length up to {LENGTHS[-1]:,} tokens" if even is None else f"from {even:,} cached tokens on"
     rows = f"{g.batch} rows of " * (g.batch > 1)

@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sphkv_compile.ops.append import visible
+from sphkv_compile.runtime.breakeven import warn_where_slower
 from sphkv_compile.runtime.convention import Binding, Rewritten
 from sphkv_compile.runtime.guarded import Guarded, exclusive, owner_of, restore
 from sphkv_compile.runtime.log import warn_once
@@ -65,6 +66,7 @@ class Runner:
             need it.
         token_count: new tokens of a call, from its inputs.
         lookout: inputs that may be another graph's cache and must be made dense first.
+        is_for_speed: whether a cache that is too short to be faster is worth a word; not where nodes run one by one.
     """
 
     _boxed_call = True
@@ -78,9 +80,10 @@ class Runner:
         token_count: Callable[[list], int],
         lookout: list[int],
         spec: CacheSpec,
+        is_for_speed: bool = True,
     ):
         self.run, self.dense, self.prologue, self.rewritten = run, dense, prologue, rewritten
-        self.token_count, self.lookout, self.spec = token_count, lookout, spec
+        self.token_count, self.lookout, self.spec, self.is_for_speed = token_count, lookout, spec, is_for_speed
         self.grows = any(b.outputs for b in rewritten.bindings)
         self.cache_inputs = [i for b in rewritten.bindings for i in (b.k_input, b.v_input)]
         self.local = threading.local()
@@ -151,6 +154,8 @@ class Runner:
             self._make_room(owners, [k.shape[2] for k, _ in pairs])
             if dense or strange:
                 self._meet(dense, strange, pairs, owners, args)
+            if self.is_for_speed:  # here and not in the compiler, within which each call takes longer
+                warn_where_slower([(owner.layout, owner.geometry) for owner in owners], owners[0].state.arena.device)
             return owners
 
     def _create(self, missing: list[int], pairs: list, owners: list) -> None:

@@ -114,7 +114,8 @@ def test_the_longest_cache_counts(predict):
 
 @torch.no_grad()
 def test_a_model_of_many_layers_is_warned_of_once(predict, monkeypatch):
-    """Bug: timed under AOTAutograd's Python dispatcher, by which dense attention takes several times as long."""
+    """Bug: timed inside the compiler, under AOTAutograd's Python dispatcher: each call takes longer there, and ours and
+    dense attention by other factors."""
     dispatched = lambda *_: torch._C._dispatch_tls_is_dispatch_key_included("PythonDispatcher")  # noqa: E731
     found_slow, asked = [], predict(4000)
     right = breakeven._predicted
