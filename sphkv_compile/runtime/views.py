@@ -31,6 +31,7 @@ class NewTokens:
     def __init__(self, layer: CodedLayer, k: Tensor, v: Tensor, first: int):
         self.layer, self.k, self.v, self.first = layer, k, v, first
         self.columns = first + k.shape[2]
+        self.dense: dict[str, Tensor] = {}  # decoded together, and each asked for once
 
     def views(self) -> tuple[Tensor, Tensor]:
         """Shapes: -> [B, H, columns, D], [B, H, columns, Dv]."""
@@ -87,10 +88,11 @@ class NewTokens:
     def decoded(self, side: str) -> Tensor:
         """All keys or values, the new ones exact. Shapes: -> [B, H, columns, D or Dv]."""
         self.enter(None, None)
-        k, v = self.layer.decoded(self.columns)
-        out, new = (k, self.k) if side == "k" else (v, self.v)
-        out[:, :, self.first :] = new
-        return out
+        if side not in self.dense:
+            k, v = self.layer.decoded(self.columns)
+            k[:, :, self.first :], v[:, :, self.first :] = self.k, self.v
+            self.dense = {"k": k, "v": v}
+        return self.dense.pop(side)
 
 
 class View(Tensor):

@@ -13,6 +13,7 @@ import sphkv_compile
 from sphkv_compile import SphericalCache, adopt, report
 from sphkv_compile.integrations.transformers import cache_keyword
 from sphkv_compile.runtime import log
+from sphkv_compile.runtime.direct import CodedLayer
 from sphkv_compile.testing.tiny import tiny
 
 
@@ -163,13 +164,16 @@ def test_adopt(kind, tokens):
     assert sum(owner.imports for owner in owners(cache)) == 0
 
 
-def test_attention_of_another_kind_reads_decoded_keys():
+def test_attention_of_another_kind_reads_decoded_keys(monkeypatch):
+    decodings, right = [], CodedLayer.decoded
+    monkeypatch.setattr(CodedLayer, "decoded", lambda self, columns: decodings.append(self) or right(self, columns))
     other = tiny("llama")
     other.set_attn_implementation("eager")
     runs = [Run(spherical(), other.forward), Run(dense(), model().forward)]
     for run, step in zip(runs, (other.forward, model().forward)):
         run.decode(run.call(prompt(40), step=step), 20)
     assert_same(*runs)
+    assert len(decodings) == 2 * 21  # once in each layer and call, for keys and values together
 
 
 def test_a_graph_that_leaves_the_attention_dense_gets_the_data():
