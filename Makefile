@@ -17,6 +17,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS)
 JOBS ?= 2
+# With what it asks for in another version than the newest does.
+OLDEST := transformers==5.17.0 huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
 TOUCHES_TRANSFORMERS := $(addprefix tests/,spherical_cache lifecycle cases integrations patterns)
 
 .PHONY: demo test test-slow test-oldest lint eval eval-budget bench docs clean
@@ -67,7 +69,7 @@ $(VENV)/installed-tests: $(VENV)/installed
 	touch $@
 
 $(VENV)/installed-oldest: $(VENV)/installed-tests
-	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target $(VENV)/oldest $(PIP_ARGS) transformers==5.17.0
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --upgrade --target $(VENV)/oldest $(PIP_ARGS) $(OLDEST)
 	touch $@
 
 clean:

@@ -85,7 +85,7 @@ def test_a_budget_binds_from_a_compiled_prompt_on():
 
 def test_sizes_that_do_not_go_together_are_named_as_in_eager_code():
     with pytest.raises(ValueError, match="takes at least"):
-        Run(spherical(budget=100), compiled()).call(prompt(4), step=compiled())
+        Run(spherical(budget="100B"), compiled()).call(prompt(4), step=compiled())
 
 
 @pytest.mark.parametrize("tokens", [0, 20])
