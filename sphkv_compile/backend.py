@@ -142,8 +142,10 @@ def _require(spec: CacheSpec, verdicts: list[Verdict]) -> None:
 def _warn(spec: CacheSpec, given: Given, verdicts: list[Verdict]) -> None:
     """Of a SphericalCache that does not get what its user may expect."""
     stored = [Layout.parse(v.site.stored) for v in verdicts if v.site and v.site.stored is not None]
-    if dense := given.caches - len(stored):
-        why = next((f": {v.refusal}" for v in verdicts if v.refusal), "")
+    refused = [v.refusal for v in verdicts if v.refusal]
+    prompts = [r for r in refused if r.code == "no_cache_write"]  # longer than a sliding window: read without the cache
+    if (dense := given.caches - len(stored) - len(prompts)) > 0:
+        why = next((f": {r}" for r in refused if r not in prompts), "")
         log.warn_once(
             "spherical cache stays dense",
             f"{dense} of {given.caches} layers of a SphericalCache are decoded and stay dense in this compiled model, "

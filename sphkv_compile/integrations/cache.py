@@ -164,7 +164,7 @@ class SphericalLayer(CacheLayerMixin):
             ValueError: no whole number, a positive one, or more than there are.
             RuntimeError: under a budget, behind the window.
         """
-        count = _to_remove(tokens_to_remove, int(self.get_seq_length()))
+        count = _to_remove(tokens_to_remove, int(self.cumulative_length))  # its own: others may be cropped already
         if count:
             self.codes.crop(count)
 

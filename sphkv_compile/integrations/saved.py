@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
 
 from sphkv_compile.integrations.checks import config_of, facts_of
 from sphkv_compile.runtime import saved
@@ -42,7 +43,7 @@ def save(cache: SphericalCache, path: str | os.PathLike) -> None:
 
     Raises:
         TypeError: its policy is an object of the user's, which no file can hold.
-        ValueError: it holds no token, or nobody said of which model it is.
+        ValueError: it holds no token, or other layers than of attention, or nobody said of which model it is.
         OSError: no file can be written there; what stood there stays.
     """
     path, coded = Path(path), cache.coded
@@ -60,6 +61,10 @@ def save(cache: SphericalCache, path: str | os.PathLike) -> None:
         raise ValueError(
             "this cache was adopted without the model's configuration, by which its file is told from one of another "
             "model; expected adopt(cache, model.config, ...)"
+        )
+    if others := sorted({type(x).__name__ for x in cache.layers if not isinstance(x, CacheLayerMixin)}):
+        raise ValueError(
+            f"{', '.join(others)}: of no attention, and no file holds such a state; expected attention only"
         )
     tensors: dict[str, Tensor] = {}
     layers = []

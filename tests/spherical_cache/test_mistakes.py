@@ -191,6 +191,15 @@ def test_crop_is_asked_for_in_negative_numbers(family):
     assert [int(layer.get_seq_length()) for layer in run.cache.layers] == [60, 60]
 
 
+def test_more_than_half_may_be_cropped():
+    runs = [filled(), Run(dense(), model().forward)]
+    runs[1].call(prompt(60))
+    for run in runs:
+        run.cache.crop(-45)
+        run.decode(run.call(prompt(3, 1)), 20)
+    assert_same(*runs)
+
+
 def test_a_number_may_be_a_tensor():
     run = filled()
     run.cache.crop(torch.tensor(-3))  # as assisted decoding of older transformers counts

@@ -11,6 +11,7 @@ import torch
 from caches import CAPACITY, Run, compiled, model, prompt, spherical
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from transformers.cache_utils import LinearAttentionLayer
 
 from sphkv_compile import SphericalCache, report
 from sphkv_compile.integrations import saved
@@ -290,5 +291,10 @@ def test_what_stood_there_stays_when_writing_fails(file, monkeypatch):
 def test_what_cannot_be_saved_says_so(tmp_path):
     with pytest.raises(ValueError, match="no token"):
         spherical().save(tmp_path / "cache")
+    run = Run(spherical(), model().forward)
+    run.call(prompt(9))
+    run.cache.layers.append(LinearAttentionLayer())
+    with pytest.raises(ValueError, match=r"LinearAttentionLayer: .*expected attention only"):
+        run.cache.save(tmp_path / "cache")
     with pytest.raises(FileNotFoundError, match="no saved cache"):
         read(tmp_path / "cache")
