@@ -13,7 +13,8 @@ from rich.text import Text
 
 from sphkv_compile.ops.pages import with_positions
 from sphkv_compile.runtime.certificate import LIMIT, Certificate, bits_within_limit, certificate
-from sphkv_compile.runtime.ownership import Owner, owner_of
+from sphkv_compile.runtime.guarded import owner_of
+from sphkv_compile.runtime.ownership import Owner
 from sphkv_compile.runtime.pool import repeated
 from sphkv_compile.spec import human
 from sphkv_compile.storage.layout import Layout

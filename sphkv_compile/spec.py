@@ -24,6 +24,20 @@ SHARING = ("rdr",)
 """Policies under which heads get bytes by what they would lose."""
 COMPILER_OPTIONS = ("mode", "inductor")
 """Keys of the backend's ``options`` that say how graphs are compiled; every other is a field of CacheSpec."""
+_CAPACITY = "give max_cache_len to the cache, StaticCache or SphericalCache."
+_NO_SUCH = "nothing is grouped along an axis here; give bits, and span for how many tokens share an anchor."
+HINTS = {
+    **dict.fromkeys(("max_cache_len", "max_cache_length", "max_length", "cache_len"), _CAPACITY),
+    **dict.fromkeys(("q_group_size", "group_size", "axis_key", "axis_value"), _NO_SUCH),
+    **dict.fromkeys(("nbits", "n_bits", "num_bits", "kv_bits"), "did you mean 'bits'?"),
+    **dict.fromkeys(("residual_length", "recent_size", "window_length"), "did you mean 'window'?"),
+    **dict.fromkeys(("n_sink", "num_sink_tokens", "sink_size", "start_size"), "did you mean 'sink'?"),
+    **dict.fromkeys(("press", "eviction", "method"), "did you mean 'policy'?"),
+    "compression_ratio": "did you mean 'budget'? It is the share of bytes that stays: 0.25 for a ratio of 0.75.",
+    "compile_config": "did you mean CompileConfig(backend='sphkv', mode=None, options={'bits': 4}), for generate()?",
+    "block_size": "did you mean 'page'?",
+}
+"""Names of other tools for an option, or for what is none here, and what to give instead."""
 
 
 class SiteRefused(RuntimeError):
@@ -114,6 +128,8 @@ class CacheSpec:
     strict: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.bits, str) and self.bits.strip().isdecimal():
+            object.__setattr__(self, "bits", int(self.bits))
         if self.bits is not None and self.budget is not None:
             raise ValueError("bits and budget both given: bits fixes the tier, a budget chooses it; give one")
         for name, least in (("sink", 0), ("window", 0), ("span", 1), ("page", 1), ("plan_every", 1), ("seed", 0)):
@@ -145,6 +161,7 @@ class CacheSpec:
         if self.budget is None:
             _ = self.tier  # a bad width is named here, not at the first step
         else:
+            _check_percent(self.budget)
             parse_bytes(self.budget, 1 << 62, 1 << 62)  # the form is checked here, the size where the cache is known
 
     @property
@@ -219,13 +236,16 @@ class CacheSpec:
         """A spec from ``torch.compile``'s ``options``, of which :data:`COMPILER_OPTIONS` are not the cache's.
 
         Raises:
-            TypeError: an unknown key; the message names the nearest valid one.
+            TypeError: no dict, or an unknown key; the message names the nearest valid one.
         """
+        if not isinstance(options, dict):
+            raise TypeError(f"options={options!r}: expected a dict, such as {{'bits': 4}}")
         known = [*(f.name for f in dataclasses.fields(cls)), *COMPILER_OPTIONS]
         for key in options:
             if key not in known:
-                near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-                raise TypeError(f"unknown option {key!r}; did you mean {near!r}? Expected one of: {', '.join(known)}")
+                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
+                hint = HINTS.get(key, f"did you mean {near!r}?")
+                raise TypeError(f"unknown option {key!r}; {hint} These are expected: {', '.join(known)}")
         return cls(**{key: value for key, value in options.items() if key not in COMPILER_OPTIONS})
 
     @property
@@ -248,6 +268,22 @@ def _check_whole(name: str, value: Any, least: int) -> None:
     except (TypeError, ValueError, OverflowError):
         near = least
     raise ValueError(f"{name}={value!r}: expected a whole number >= {least}; the nearest is {near}")
+
+
+_PERCENT = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*(%?)\s*")
+
+
+def _check_percent(budget: Any) -> None:
+    """Raises: ValueError: per cent, or a number that they were meant by: no cache has so few bytes."""
+    found = _PERCENT.fullmatch(budget if isinstance(budget, str) else repr(budget))
+    number = float(found[1]) if found else 0.0
+    if not found or not number or (not found[2] and (number > 100 or (number <= 1 and "." in found[1]))):
+        return
+    near = number / 100 if number <= 100 and (found[2] or number >= 2) else 1.0
+    raise ValueError(
+        f"budget {budget!r}: expected a fraction of the dense bytes, in (0, 1], or bytes with a unit, such as "
+        f"'512MiB'; did you mean {near}, {'all of them' if near == 1 else f'for {number:g} %'}?"
+    )
 
 
 def _descending(menu: tuple[Tier, ...]) -> str:

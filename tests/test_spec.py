@@ -12,7 +12,14 @@ from sphkv_compile.storage.state import Geometry
 
 @pytest.mark.parametrize(
     ("bits", "tier"),
-    [(None, Tier(4, 4)), (3, Tier(3, 3)), ("K4V2", Tier(4, 2)), ((8, 4), Tier(8, 4)), (16, Tier(16, 16))],
+    [
+        (None, Tier(4, 4)),
+        (3, Tier(3, 3)),
+        ("K4V2", Tier(4, 2)),
+        ((8, 4), Tier(8, 4)),
+        (16, Tier(16, 16)),
+        ("8", Tier(8, 8)),
+    ],
 )
 def test_ways_to_give_bits(bits, tier):
     assert CacheSpec(bits=bits).tier == tier
@@ -58,6 +65,13 @@ def test_ways_to_give_bits(bits, tier):
         ({"budget": -0.5}, r"in \(0, 1\], such as 0.125"),
         ({"budget": [1]}, r"budget \[1\]: expected a positive number of bytes, such as '512MiB'"),
         ({"budget": "1.5"}, r"in \(0, 1\]"),
+        ({"budget": 25}, r"budget 25: expected .* in \(0, 1\], .*did you mean 0.25, for 25 %"),
+        ({"budget": "25%"}, "did you mean 0.25, for 25 %"),
+        ({"budget": "12.5 %"}, "did you mean 0.125"),
+        ({"budget": "25"}, "did you mean 0.25"),
+        ({"budget": 1.5}, "did you mean 1.0, all of them"),
+        ({"budget": 1}, "did you mean 1.0"),
+        ({"budget": "150%"}, "did you mean 1.0"),
         ({"budget": 0}, "positive"),
         ({"budget": "0MiB"}, "'0MiB'.*positive"),
         ({"budget": "0B/token"}, "'0B/token'.*positive"),
@@ -82,6 +96,32 @@ def test_a_bad_field_is_named_with_what_was_expected(fields, message):
 def test_an_unknown_option_names_the_nearest():
     with pytest.raises(TypeError, match="did you mean 'window'"):
         CacheSpec.from_options({"windo": 3})
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("nbits", "did you mean 'bits'"),
+        ("residual_length", "did you mean 'window'"),
+        ("compression_ratio", "did you mean 'budget'.*stays: 0.25 for a ratio of 0.75"),
+        ("max_cache_length", "give max_cache_len to the cache"),
+        ("q_group_size", "give bits, and span"),
+        ("axis_key", "nothing is grouped along an axis here"),
+    ],
+)
+def test_a_name_of_another_tool_is_translated(key, said):
+    """Bug: the nearest by spelling, such as 'inductor' for 'compression_ratio'."""
+    with pytest.raises(TypeError, match=f"unknown option '{key}'; .*{said}"):
+        CacheSpec.from_options({key: 3})
+
+
+def test_bits_as_text_are_the_same_specification():
+    assert CacheSpec(bits="4") == CacheSpec(bits=4) and CacheSpec(bits="4").uuid == CacheSpec(bits=4).uuid
+
+
+def test_options_are_a_dict():
+    with pytest.raises(TypeError, match=r"options='bits=4': expected a dict, such as \{'bits': 4\}"):
+        CacheSpec.from_options("bits=4")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ with a sliding window do not grow, and are transformers' own; a compiled model k
 from __future__ import annotations
 
 import copy
+import itertools
 import operator
 import os
 from typing import Any
@@ -24,10 +25,19 @@ from transformers.cache_utils import (
 
 from sphkv_compile.integrations import saved
 from sphkv_compile.integrations.checks import config_of, facts_of, full_layers, group_of
+from sphkv_compile.integrations.sliding import SlidingLayer
 from sphkv_compile.ops import schema
 from sphkv_compile.runtime.direct import CodedCache, CodedLayer
-from sphkv_compile.runtime.ownership import Owner, handles
+from sphkv_compile.runtime.ownership import Owner
+from sphkv_compile.runtime.views import GRADIENT
 from sphkv_compile.spec import CacheSpec, _check_whole
+
+GROWS = (
+    "sphkv: a compiled model met a SphericalCache that grows, whose graph would change with every token; expected "
+    "SphericalCache(config, max_cache_len=...), its capacity in tokens"
+)
+_TICKETS = itertools.count()
+_eagerly = torch.compiler.disable(reason="a SphericalCache opens, grows and decodes in eager code")
 
 
 class SphericalLayer(CacheLayerMixin):
@@ -47,6 +57,14 @@ class SphericalLayer(CacheLayerMixin):
         super().__init__()
         with torch.inference_mode(False):
             self.cumulative_length = torch.zeros((), dtype=torch.int64)
+        self._draw_ticket()
+
+    @torch.inference_mode(False)
+    def _draw_ticket(self) -> None:
+        """By which a compiled graph that meets a cache without tokens knows this layer."""
+        number = next(_TICKETS)
+        self.ticket = torch.tensor(number)
+        schema.TICKETS[number] = self
 
     @property
     def is_compileable(self) -> bool:  # type: ignore[override]
@@ -78,17 +96,13 @@ class SphericalLayer(CacheLayerMixin):
     def values(self, value: Any) -> None:
         _read_only(value)
 
+    @_eagerly
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Shapes: [B, H, any, D], [B, H, any, Dv].
 
         Raises:
             ValueError: the budget is too small, with the least possible one.
         """
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "sphkv: a compiled model met a SphericalCache without tokens. Go on after an eager prefill, or call "
-                "cache.early_initialization(batch_size, num_heads, head_dim, dtype, device) first"
-            )
         self.restore(self.coded.owner(key_states, value_states, self.max_cache_len), 0)
 
     def restore(self, owner: Owner, length: int) -> None:
@@ -112,17 +126,12 @@ class SphericalLayer(CacheLayerMixin):
 
         Shapes: [B, H, T, D], [B, H, T, Dv] -> [B, H, length, D], [B, H, length, Dv].
         """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
         if not torch.compiler.is_compiling():
-            views = self.codes.update(key_states, value_states)
-            if self.codes.slots[0] is not self.k_slot:
-                self._lay()
-            return views
-        if self.max_cache_len is None:
-            raise RuntimeError(
-                "sphkv: a compiled model needs a SphericalCache of fixed capacity: give it max_cache_len, in tokens"
-            )
+            return self._update(key_states, value_states)
+        if not self._open:
+            if torch.is_grad_enabled() and key_states.requires_grad:
+                _refuse(GRADIENT)
+            return schema.opens(key_states, value_states, self.ticket), value_states  # attended to as they are
         # as transformers' StaticLayer writes, which is what the compiler looks for
         at = torch.arange(key_states.shape[2], device=key_states.device) + self.cumulative_length
         self.cumulative_length.add_(key_states.shape[2])
@@ -130,17 +139,38 @@ class SphericalLayer(CacheLayerMixin):
         self.v_slot.index_copy_(2, at, value_states)
         return self.k_slot, self.v_slot
 
+    @_eagerly
+    def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        views = self.codes.update(key_states, value_states)
+        if self.codes.slots[0] is not self.k_slot:
+            self._lay()
+        return views
+
+    def open(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take in the first tokens, while a compiled graph runs that attends to them as they are."""
+        self._update(key_states, value_states)
+        self.codes.settle()
+
+    @property
+    def _open(self) -> bool:
+        """Whether a compiled graph finds codes: all layers have taken their first tokens in."""
+        return len(self.coded.layers) == self.coded.sites
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns of the mask, and the first one's position."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and self._open:
             return self.max_cache_len or 0, 0
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> Any:
         """Tokens held: an int, inside a graph a tensor."""
-        if not self.is_initialized:
-            return 0
-        return self.cumulative_length if torch.compiler.is_compiling() else self.coded.length
+        if not torch.compiler.is_compiling():
+            return self.coded.length
+        if self.max_cache_len is None:
+            _refuse(GROWS)
+        return self.cumulative_length if self._open else 0
 
     def get_max_length(self) -> int:
         """Tokens that there is room for; -1 where it grows."""
@@ -202,6 +232,7 @@ class SphericalLayer(CacheLayerMixin):
         else:
             twin.cumulative_length = twin.codes.length
             twin._lay()
+        twin._draw_ticket()
         return twin
 
 
@@ -220,50 +251,18 @@ def _to_remove(given: Any, length: int) -> int:
     return -number
 
 
+@torch.compiler.assume_constant_result
+def _refuse(message: str) -> None:
+    """While a graph is made, so that the error is the user's to see: a break or an exception in traced code would have
+    Dynamo run that code eagerly from here on."""
+    raise RuntimeError(message)
+
+
 def _read_only(value: Any) -> None:
     if value is not None:
         raise AttributeError(
             "keys and values of a SphericalCache are decoded copies; expected new ones to go through update()"
         )
-
-
-class SlidingLayer(StaticSlidingWindowLayer):
-    """transformers' layer, which says to a compiled graph how its cache wants it stored."""
-
-    coded: CodedCache
-    stored: str
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """As transformers' own."""
-        if torch.compiler.is_compiling() and self.is_initialized:
-            key_states = schema.stored(key_states, self.stored)
-        return super().update(key_states, value_states, *args, **kwargs)
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Shapes: [B, H, any, D], [B, H, any, Dv]."""
-        super().lazy_initialization(key_states, value_states)
-        layout = self.coded.layout(key_states.shape[3], value_states.shape[3], key_states.device, False)
-        self.stored = str(layout)
-
-    @torch.inference_mode(False)
-    def restore(self, owner: Owner) -> None:
-        """Go on with codes."""
-        g = owner.geometry
-        lead = g.batch, g.heads, g.capacity
-        like = torch.empty(*lead[:2], 0, g.k_dim, dtype=g.k_dtype), torch.empty(*lead[:2], 0, g.v_dim, dtype=g.v_dtype)
-        self.lazy_initialization(*(x.to(owner.state.table.device) for x in like))
-        self.keys, self.values = handles(owner, (*lead, g.k_dim), (*lead, g.v_dim))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """As transformers' growing layers do. Shapes: int64[rows], or bool[B]."""
-        if self.is_initialized:
-            self.keys, self.values = (x[indices, ...] for x in (self.keys, self.values))  # type: ignore[index]
-            self.batch_size = self.keys.shape[0]
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """As transformers' growing layers do."""
-        if self.is_initialized:
-            self.batch_select_indices(torch.arange(self.batch_size, device=self.device).repeat_interleave(repeats))
 
 
 class SphericalCache(Cache):
@@ -300,10 +299,10 @@ class SphericalCache(Cache):
         """As transformers' own.
 
         Raises:
-            ValueError: the model has more layers than the cache.
+            RuntimeError: the model has more layers than the cache.
         """
         if layer_idx >= len(self.layers):
-            raise ValueError(
+            _refuse(
                 f"sphkv: a model of {layer_idx + 1} layers or more with a cache of {len(self.layers)}; expected the "
                 "one that it was made for. Give this model a cache of its own, made with its config"
             )

@@ -25,7 +25,8 @@ from transformers.cache_utils import CacheLayerMixin
 from sphkv_compile.integrations.checks import config_of, facts_of
 from sphkv_compile.runtime import saved
 from sphkv_compile.runtime.direct import CodedCache
-from sphkv_compile.runtime.ownership import Owner, owner_of
+from sphkv_compile.runtime.guarded import owner_of
+from sphkv_compile.runtime.ownership import Owner
 from sphkv_compile.runtime.pool import Pool
 from sphkv_compile.spec import CacheSpec, _check_whole
 from sphkv_compile.storage.layout import UNIT

@@ -1,13 +1,17 @@
-"""The five operators that appear in graphs, their fake kernels, and the dispatch from arguments to code.
+"""The six operators that appear in graphs, their fake kernels, and the dispatch from arguments to code.
 
 * ``sphkv::sdpa``    a scaled-dot-product attention as it stood in the model, every argument positional
 * ``sphkv::attend``  attention over the coded cache and the new tokens; reads the state
 * ``sphkv::append``  the new tokens enter the state; follows its attend
 * ``sphkv::stored``  new keys of a cache that says itself how it is stored; only our backend removes it
+* ``sphkv::opens``   the first tokens of a cache: they pass, and it takes them in
 * ``sphkv::owned``   a use of a cache tensor whose data is held as codes; only our backend removes it
 """
 
 from __future__ import annotations
+
+from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -36,13 +40,19 @@ _LIB.define(
     " bool rolling) -> ()"
 )
 _LIB.define("stored(Tensor k, str layout) -> Tensor")
+_LIB.define("opens(Tensor k, Tensor v, Tensor ticket) -> Tensor", tags=torch.Tag.cudagraph_unsafe)
 _LIB.define("owned(Tensor x) -> Tensor")
 
 sdpa = torch.ops.sphkv.sdpa.default
 attend = torch.ops.sphkv.attend.default
 append = torch.ops.sphkv.append.default
 stored = torch.ops.sphkv.stored.default
+opens = torch.ops.sphkv.opens.default
 owned = torch.ops.sphkv.owned.default
+
+TICKETS: WeakValueDictionary[int, Any] = WeakValueDictionary()
+"""Layers that hold no token, by the number in the tensor that a graph knows them by: what is opened is allocated while
+the graph runs, for the sizes that arrive."""
 
 _N = len(STATE_FIELDS)
 
@@ -109,6 +119,11 @@ def _stored(k: Tensor, layout: str) -> Tensor:
     return k.clone()
 
 
+def _opens(k: Tensor, v: Tensor, ticket: Tensor) -> Tensor:
+    TICKETS[int(ticket)].open(k, v)
+    return k.clone()
+
+
 def _owned(x: Tensor) -> Tensor:
     raise RuntimeError(
         "sphkv: this KV cache is held as codes by sphkv_compile, and a graph of another backend reads it. Compile that "
@@ -127,7 +142,7 @@ def _there(kernel):
 
 
 for _name, _kernel in (
-    ("sdpa", _sdpa), ("attend", _attend), ("append", _append), ("stored", _stored), ("owned", _owned)
+    ("sdpa", _sdpa), ("attend", _attend), ("append", _append), ("stored", _stored), ("opens", _opens), ("owned", _owned)
 ):  # fmt: skip
     _LIB.impl(_name, _kernel, "CPU")
     _LIB.impl(_name, _there(_kernel), "CUDA")
@@ -154,6 +169,11 @@ def _(*args):
 
 @torch.library.register_fake("sphkv::stored", lib=_LIB)
 def _(k, layout):
+    return torch.empty_like(k)
+
+
+@torch.library.register_fake("sphkv::opens", lib=_LIB)
+def _(k, v, ticket):
     return torch.empty_like(k)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch._inductor.pattern_matcher import Match
 from torch.fx import GraphModule, Node
 
+from sphkv_compile.ops import schema
 from sphkv_compile.passes.normalize import K, V, markers
 from sphkv_compile.passes.rope import angles_of, rope_of
 from sphkv_compile.patterns import IDIOMS, Refusal, Site
@@ -37,8 +38,9 @@ class Verdict:
 
 
 def match(gm: GraphModule) -> list[Verdict]:
-    """A verdict for every attention of a normalised graph, in graph order."""
-    verdicts = [_verdict(marker) for marker in markers(gm.graph)]
+    """A verdict for every attention of a normalised graph, in graph order, but for those that read the first tokens of
+    a cache which takes them in itself: there is nothing to decode yet."""
+    verdicts = [_verdict(marker) for marker in markers(gm.graph) if marker.args[K].target is not schema.opens]
     return verdicts + [Verdict(n.name, source_line(n), refusal=r) for n, r in _plain_softmax(gm)]
 
 

@@ -122,15 +122,15 @@ class CodedCache:
         """``layer`` gets ``tokens`` more: where the first of them goes.
 
         Raises:
-            ValueError: no layer that the last step left out ever got a token: the model has fewer.
+            ValueError: layers that the prompt left out are left out by decoding too: the model has fewer.
         """
         if not self.running or layer in self.running:
             reached = len(self.running)
-            if 0 < reached < self.sites and tokens != self.tokens and not self.length:
+            if 0 < reached < self.sites and tokens == 1 < self.tokens and not self.length:  # a prompt, then a step
                 raise ValueError(
-                    f"sphkv: the last step reached {reached} of this cache's {self.sites} layers, so its {self.tokens} "
-                    "tokens do not count; expected the model that the cache was made for. If the step was interrupted, "
-                    "repeat it, or call cache.reset() first"
+                    f"sphkv: the prompt reached {reached} of this cache's {self.sites} layers, so its {self.tokens} "
+                    "tokens do not count; expected the model that the cache was made for. If it was interrupted, read "
+                    "it again, or call cache.reset() first"
                 )
             for other in self.layers:
                 other.settle()

@@ -58,13 +58,6 @@ class Pool:
             twin.retention = self.retention.anew()
         return twin
 
-    @torch.inference_mode(False)
-    def for_rows(self, rows: int, of: int) -> Pool:
-        """An empty one, with as much room for ``rows`` rows as this has for ``of``."""
-        units = self.arena.nbytes // UNIT * rows
-        retention = None if self.retention is None else self.retention.anew()
-        return Pool(-(-units // of) * UNIT, self.plan_every, self.arena.data.device, retention)
-
     @property
     def arena(self) -> Arena:
         """Where the pages lie. Those of owners that have died, whose tables are in ``dead``, are free first."""

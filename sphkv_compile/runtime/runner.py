@@ -15,19 +15,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from sphkv_compile.ops.append import visible
 from sphkv_compile.runtime.convention import Binding, Rewritten
+from sphkv_compile.runtime.guarded import Guarded, exclusive, owner_of, restore
 from sphkv_compile.runtime.log import warn_once
-from sphkv_compile.runtime.ownership import (
-    LOCK,
-    Guarded,
-    Owner,
-    exclusive,
-    handles,
-    heir_of,
-    lay_out_anew,
-    owner_of,
-    restore,
-    room_for,
-)
+from sphkv_compile.runtime.ownership import LOCK, Owner, handles, heir_of, lay_out_anew, room_for
 from sphkv_compile.runtime.pool import CHANGES, Pool, arena_bytes
 from sphkv_compile.runtime.retention import Retention
 from sphkv_compile.spec import CacheSpec, SiteRefused

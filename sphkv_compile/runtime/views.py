@@ -18,6 +18,7 @@ from sphkv_compile.ops.append import append
 if TYPE_CHECKING:
     from sphkv_compile.runtime.direct import CodedLayer
 
+GRADIENT = "sphkv: autograd is on, and codes are for inference; expected torch.no_grad() or torch.inference_mode()"
 _plain = torch._C.DisableTorchFunctionSubclass
 
 
@@ -138,9 +139,7 @@ def _attention(
     if not isinstance(key, View) or not isinstance(value, View) or key.tokens is not value.tokens or dropout_p:
         return None
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key.tokens.k, value.tokens.v)):
-        raise RuntimeError(
-            "sphkv: autograd is on, and codes are for inference; expected torch.no_grad() or torch.inference_mode()"
-        )
+        raise RuntimeError(GRADIENT)
     return key.tokens.attend(query, attn_mask, is_causal, scale) if (key.side, value.side) == ("k", "v") else None
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from sphkv_compile.backend import backend
 from sphkv_compile.integrations.transformers import cache_keyword
 from sphkv_compile.runtime import log
-from sphkv_compile.runtime.ownership import owner_of
+from sphkv_compile.runtime.guarded import owner_of
 from sphkv_compile.storage.state import SPANS
 
 from .tiny import FAMILIES as TINY

@@ -8,7 +8,7 @@ from toys import HQ, D, H
 
 import sphkv_compile
 from sphkv_compile.codecs.codebook import mse
-from sphkv_compile.runtime.ownership import owner_of
+from sphkv_compile.runtime.guarded import owner_of
 from sphkv_compile.testing.oracle import attention, float32_bound
 
 OPTIONS = {"bits": 4, "sink": 2, "window": 8, "span": 16, "page": 8, "inductor": False}

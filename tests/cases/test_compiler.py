@@ -10,7 +10,7 @@ from toys import HQ, D, H
 
 import sphkv_compile
 from sphkv_compile.ops import schema
-from sphkv_compile.runtime.ownership import owner_of
+from sphkv_compile.runtime.guarded import owner_of
 from sphkv_compile.spec import Tier
 from sphkv_compile.storage.layout import Layout
 from sphkv_compile.storage.state import Geometry

@@ -10,7 +10,7 @@ from transformers import DynamicCache, StaticCache
 
 import sphkv_compile
 from sphkv_compile.runtime import log as graph_log
-from sphkv_compile.runtime.ownership import owner_of
+from sphkv_compile.runtime.guarded import owner_of
 from sphkv_compile.testing.oracle import attention, float32_bound
 from sphkv_compile.testing.tiny import WINDOW, tiny
 

@@ -15,7 +15,8 @@ from transformers import DynamicCache, StaticCache
 
 import sphkv_compile
 from sphkv_compile.integrations.transformers import cache_keyword
-from sphkv_compile.runtime.ownership import Owner, owner_of
+from sphkv_compile.runtime.guarded import owner_of
+from sphkv_compile.runtime.ownership import Owner
 from sphkv_compile.testing.tiny import tiny
 
 OPTIONS = {"inductor": False, "bits": 16, "window": 8, "span": 16, "page": 8}

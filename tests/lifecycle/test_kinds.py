@@ -13,7 +13,8 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 import sphkv_compile
 from sphkv_compile import report
 from sphkv_compile.runtime import log as graph_log
-from sphkv_compile.runtime.ownership import Guarded, Owner, owner_of
+from sphkv_compile.runtime.guarded import Guarded, owner_of
+from sphkv_compile.runtime.ownership import Owner
 from sphkv_compile.runtime.pool import Pool, arena_bytes
 from sphkv_compile.storage.state import LENGTH, START, Geometry
 from sphkv_compile.testing.oracle import random_tokens

@@ -27,7 +27,7 @@ import sphkv_compile
 from sphkv_compile import report
 from sphkv_compile.ops import schema
 from sphkv_compile.runtime import log as graph_log
-from sphkv_compile.runtime.ownership import Guarded, exclusive, owner_of
+from sphkv_compile.runtime.guarded import Guarded, exclusive, owner_of
 
 
 def generated(m, count=50):

@@ -12,7 +12,7 @@ from runs import Log, assert_same, content, owners, prompt
 from transformers.cache_utils import StaticLayer
 
 from sphkv_compile import report
-from sphkv_compile.runtime.ownership import HEIRS
+from sphkv_compile.runtime.guarded import HEIRS
 from sphkv_compile.testing.tiny import tiny
 
 SINK, WINDOW, SPAN = 4, 8, 16

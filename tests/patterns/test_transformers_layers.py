@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 
 import sphkv_compile
 from sphkv_compile.runtime import log
-from sphkv_compile.runtime.ownership import owner_of
+from sphkv_compile.runtime.guarded import owner_of
 
 W = 16
 """Columns of a sliding window."""

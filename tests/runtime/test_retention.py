@@ -13,7 +13,7 @@ from sphkv_compile.integrations.transformers import cache_keyword
 from sphkv_compile.ops.pages import with_positions
 from sphkv_compile.policies.shares import EQUAL, keepers
 from sphkv_compile.runtime.budget import least_bytes
-from sphkv_compile.runtime.ownership import owner_of
+from sphkv_compile.runtime.guarded import owner_of
 from sphkv_compile.testing.tiny import tiny
 
 SMALL = {"inductor": False, "window": 16, "span": 16, "page": 8, "plan_every": 16}

@@ -219,13 +219,6 @@ def test_an_adopted_cache_is_saved_as_any(kind, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(run.logits[1:], other.logits))
 
 
-def test_a_compiled_model_says_what_it_needs():
-    with pytest.raises(Exception, match="max_cache_len"):
-        filled(4, compiled(), capacity=None).call(torch.full((2, 1), 7))
-    with pytest.raises(Exception, match="early_initialization"):
-        Run(spherical(), compiled()).call(prompt(4), step=compiled())
-
-
 def test_under_a_budget_what_the_window_holds_can_be_taken_back():
     assert spherical(bits=4, window=0).is_croppable
     assert not spherical(budget=0.5, window=0).is_croppable

@@ -1,17 +1,27 @@
 """generate() over a cache of codes: at 16 bits, token for token what a dense cache gives."""
 
+from functools import lru_cache
+
 import pytest
 import torch
 from caches import CAPACITY, SPEC, dense, model, prompt, spherical
 
+import sphkv_compile
 from sphkv_compile.integrations.transformers import cache_keyword
 from sphkv_compile.testing.tiny import tiny
 
 KINDS = {"static": 2 * CAPACITY, "growing": None}
 
 
-def generate(cache, ids, new=40, **options):
-    m = model()
+@lru_cache(None)
+def compiled_model():
+    m = tiny("llama")
+    m.compile(backend=sphkv_compile.backend, options={"inductor": False}, fullgraph=True)
+    return m
+
+
+def generate(cache, ids, new=40, m=None, **options):
+    m = m or model()
     m.generation_config.update(pad_token_id=0, bos_token_id=0, eos_token_id=None)
     torch.manual_seed(0)
     return m.generate(ids, max_new_tokens=new, **{cache_keyword(m): cache}, **options)
@@ -33,6 +43,15 @@ def test_as_with_a_dense_cache(name, kind):
     options = {"do_sample": False, **OPTIONS[name]}
     ids = prompt(40, batch=1)
     ours = generate(spherical(capacity=KINDS[kind]), ids, **options)
+    assert torch.equal(ours, generate(dense(), ids, **options))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_with_all_of_a_model_compiled(name):
+    """Prefill too: ``model.compile()`` leaves nothing of it eager."""
+    options = {"do_sample": False, **OPTIONS[name]}
+    ids = prompt(40, batch=1)
+    ours = generate(spherical(capacity=2 * CAPACITY), ids, m=compiled_model(), **options)
     assert torch.equal(ours, generate(dense(), ids, **options))
 
 
