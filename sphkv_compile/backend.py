@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import GraphModule
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from sphkv_compile.lowering import compat
 from sphkv_compile.ops import schema
 from sphkv_compile.ops.check import check_kernels
-from sphkv_compile.passes.lift import lift, strip
+from sphkv_compile.passes.lift import count, lift, strip
 from sphkv_compile.passes.match import Verdict, match, source_line
 from sphkv_compile.passes.normalize import normalize, settle
 from sphkv_compile.passes.prologue import prologue_of, snapshot, token_counter
@@ -29,7 +29,20 @@ from sphkv_compile.patterns import Refusal
 from sphkv_compile.runtime import log
 from sphkv_compile.runtime.budget import resolve
 from sphkv_compile.runtime.runner import Runner, release_others
-from sphkv_compile.spec import CacheSpec, SiteRefused
+from sphkv_compile.spec import COMPILER_OPTIONS, CacheSpec, SiteRefused
+from sphkv_compile.storage.layout import Layout
+
+
+class Given(NamedTuple):
+    """What the caller of the backend said of storage.
+
+    Args:
+        options: names of the spec's fields that it gave.
+        caches: layers that say themselves how they are stored, as those of a SphericalCache do.
+    """
+
+    options: frozenset[str]
+    caches: int
 
 
 def backend(gm: GraphModule, example_inputs: list, *, mode: str | None = None, options: dict | None = None) -> Callable:
@@ -54,20 +67,28 @@ def backend(gm: GraphModule, example_inputs: list, *, mode: str | None = None, o
         **compat.mode_patches(options.get("mode", mode)), **compat.inductor_options(inductor), **compat.PATCHES
     }  # fmt: skip
     strip(gm, schema.owned)
+    given = Given(frozenset(options) - set(COMPILER_OPTIONS), count(gm, schema.stored))
     grad = torch.is_grad_enabled()
     if grad:
         strip(gm, schema.stored)
     else:
         lift(gm)
     compiler = compat.interpret if inductor is False else compat.compile_fx_inner
-    inner: Any = functools.partial(compile_inner, spec=spec, grad=grad, compiler=compiler)
+    inner: Any = functools.partial(compile_inner, spec=spec, given=given, grad=grad, compiler=compiler)
     with compat.functorch_patches():
         compiled: Any = compat.compile_fx(gm, example_inputs, inner_compile=inner, config_patches=patches)
         return compiled
 
 
 def compile_inner(
-    gm: GraphModule, example_inputs: list, *, spec: CacheSpec, grad: bool, compiler: Callable, **kwargs: Any
+    gm: GraphModule,
+    example_inputs: list,
+    *,
+    spec: CacheSpec,
+    given: Given,
+    grad: bool,
+    compiler: Callable,
+    **kwargs: Any,
 ) -> Callable:
     """The part that sees AOTAutograd's functional graph; stands in for ``compile_fx_inner``."""
     before = graph_text(gm)
@@ -76,6 +97,7 @@ def compile_inner(
         verdicts = [Verdict(n.name, source_line(n), refusal=Refusal("grad_mode")) for n in _dense_attention(gm)]
     sites = [v.site for v in verdicts if v.site]
     lookout = _lookout(gm, sites)
+    _warn(spec, given, verdicts)
     if not sites:
         settle(gm)
         log.compiled(verdicts, spec, before, before)
@@ -115,6 +137,41 @@ def _require(spec: CacheSpec, verdicts: list[Verdict]) -> None:
     if spec.strict and refused:
         lines = "\n".join(f"  {v.node} ({v.source or 'no source line'}): {v.refusal}" for v in refused)
         raise SiteRefused(f"strict=True, and {len(refused)} of {len(verdicts)} attentions stay dense:\n{lines}")
+
+
+def _warn(spec: CacheSpec, given: Given, verdicts: list[Verdict]) -> None:
+    """Of a SphericalCache that does not get what its user may expect."""
+    stored = [Layout.parse(v.site.stored) for v in verdicts if v.site and v.site.stored is not None]
+    refused = [v.refusal for v in verdicts if v.refusal]
+    prompts = [r for r in refused if r.code == "no_cache_write"]  # longer than a sliding window: read without the cache
+    if (dense := given.caches - len(stored) - len(prompts)) > 0:
+        why = next((f": {r}" for r in refused if r not in prompts), "")
+        log.warn_once(
+            "spherical cache stays dense",
+            f"{dense} of {given.caches} layers of a SphericalCache are decoded and stay dense in this compiled model, "
+            f"whose attention over them was not recognised{why}. Try TORCH_LOGS='sphkv_compile', which names each",
+        )
+    if stored and (ignored := sorted(given.options & _overruled(spec, stored))):
+        log.warn_once(
+            "options beside a spherical cache",
+            f"{', '.join(f'{name}={getattr(spec, name)!r}' for name in ignored)} of the compiler's options: this cache "
+            f"says itself how it is stored ({stored[0]}), and that is what counts. Give such options to SphericalCache",
+        )
+
+
+def _overruled(spec: CacheSpec, stored: list[Layout]) -> set[str]:
+    """Fields in which ``spec`` differs from what caches say, as far as they say it: not when and by whom tokens are
+    dropped. A budget may also have turned out to hold all tokens, at its widest tier or a wider one."""
+    names = "codec", "sink", "window", "span", "page", "seed"
+    found = {name for name in names if any(getattr(layout, name) != getattr(spec, name) for layout in stored)}
+    kept = [layout.tiers for layout in stored if layout.kept]
+    if kept or any(layout.tiers != (spec.tier,) for layout in stored):
+        found.add("bits")
+    if not kept and spec.chooses and any(layout.tiers[0] < spec.menu[0] for layout in stored):
+        found.add("budget")
+    if any(tiers != spec.menu for tiers in kept):
+        found.add("tiers")
+    return found
 
 
 def _lookout(gm: GraphModule, sites: list) -> list[int]:

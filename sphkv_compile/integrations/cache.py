@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import operator
 import os
 from typing import Any
 
@@ -17,18 +18,19 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
-    DynamicLayer,
     DynamicSlidingWindowLayer,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
 
 from sphkv_compile.integrations import saved
+from sphkv_compile.integrations.checks import config_of, facts_of, full_layers, group_of
+from sphkv_compile.integrations.sliding import SlidingLayer
 from sphkv_compile.ops import schema
 from sphkv_compile.runtime.direct import CodedCache, CodedLayer
-from sphkv_compile.runtime.ownership import Owner, handles
+from sphkv_compile.runtime.ownership import Owner
 from sphkv_compile.runtime.views import GRADIENT
-from sphkv_compile.spec import CacheSpec
+from sphkv_compile.spec import CacheSpec, _check_whole
 
 GROWS = (
     "sphkv: a compiled model met a SphericalCache that grows, whose graph would change with every token; expected "
@@ -47,7 +49,6 @@ class SphericalLayer(CacheLayerMixin):
     """
 
     is_sliding = False
-    is_croppable = True
     cumulative_length: Tensor  # type: ignore[assignment]
     codes: Any  # a CodedLayer once the layer is initialised
 
@@ -70,6 +71,12 @@ class SphericalLayer(CacheLayerMixin):
         """Whether masks must show the whole capacity: inside a graph. generate() is not to compile on its own accord,
         with a backend that knows nothing of codes."""
         return torch.compiler.is_compiling()
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether the newest tokens can be taken back without a trace: under a budget as many as the window holds, more
+        than assisted decoding drafts. Behind it the budget lets go of tokens, and crop says so."""
+        return self.coded.spec.budget is None or self.coded.spec.window > 0
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
@@ -184,15 +191,12 @@ class SphericalLayer(CacheLayerMixin):
             tokens_to_remove: their number, negative, as transformers has it.
 
         Raises:
-            ValueError: a positive number, or more than there are.
+            ValueError: no whole number, a positive one, or more than there are.
             RuntimeError: under a budget, behind the window.
         """
-        if tokens_to_remove > 0:
-            raise ValueError(
-                f"crop({tokens_to_remove}): expected the tokens to remove, negative: crop({-tokens_to_remove})"
-            )
-        if self.codes is not None and tokens_to_remove:
-            self.codes.crop(-tokens_to_remove)
+        count = _to_remove(tokens_to_remove, int(self.cumulative_length))  # its own: others may be cropped already
+        if count:
+            self.codes.crop(count)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row ``beam_idx[i]`` was; pages stay where they are. Shapes: int64[B]."""
@@ -232,6 +236,21 @@ class SphericalLayer(CacheLayerMixin):
         return twin
 
 
+def _to_remove(given: Any, length: int) -> int:
+    """Of ``crop(given)`` on a cache of ``length`` tokens, how many go."""
+    number = None if isinstance(given, bool) or not hasattr(given, "__index__") else operator.index(given)
+    if number is None:
+        raise ValueError(f"crop({given!r}): expected a whole number, negative: crop(-3) removes the newest 3 tokens")
+    if number > 0:
+        keep = f"; to keep {number}, as older transformers took it: crop({number - length})" if number < length else ""
+        raise ValueError(
+            f"crop({number}): expected the tokens to remove, negative: crop({-number}) removes {number}{keep}"
+        )
+    if -number > length:
+        raise ValueError(f"sphkv: crop of {-number} tokens from a cache of {length}; expected crop({-length}) at most")
+    return -number
+
+
 @torch.compiler.assume_constant_result
 def _refuse(message: str) -> None:
     """While a graph is made, so that the error is the user's to see: a break or an exception in traced code would have
@@ -246,70 +265,52 @@ def _read_only(value: Any) -> None:
         )
 
 
-class SlidingLayer(StaticSlidingWindowLayer):
-    """transformers' layer, which says to a compiled graph how its cache wants it stored."""
-
-    coded: CodedCache
-    stored: str
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """As transformers' own."""
-        if torch.compiler.is_compiling() and self.is_initialized:
-            key_states = schema.stored(key_states, self.stored)
-        return super().update(key_states, value_states, *args, **kwargs)
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Shapes: [B, H, any, D], [B, H, any, Dv]."""
-        super().lazy_initialization(key_states, value_states)
-        layout = self.coded.layout(key_states.shape[3], value_states.shape[3], key_states.device, False)
-        self.stored = str(layout)
-
-    @torch.inference_mode(False)
-    def restore(self, owner: Owner) -> None:
-        """Go on with codes."""
-        g = owner.geometry
-        lead = g.batch, g.heads, g.capacity
-        like = torch.empty(*lead[:2], 0, g.k_dim, dtype=g.k_dtype), torch.empty(*lead[:2], 0, g.v_dim, dtype=g.v_dtype)
-        self.lazy_initialization(*(x.to(owner.state.table.device) for x in like))
-        self.keys, self.values = handles(owner, (*lead, g.k_dim), (*lead, g.v_dim))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """As transformers' growing layers do. Shapes: int64[rows], or bool[B]."""
-        if self.is_initialized:
-            self.keys, self.values = (x[indices, ...] for x in (self.keys, self.values))  # type: ignore[index]
-            self.batch_size = self.keys.shape[0]
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """As transformers' growing layers do."""
-        if self.is_initialized:
-            self.batch_select_indices(torch.arange(self.batch_size, device=self.device).repeat_interleave(repeats))
-
-
 class SphericalCache(Cache):
     """A cache of spherical codes for any decoder of transformers.
 
     Args:
-        config: the model's.
+        config: the model's; the model itself will do.
         max_cache_len: capacity in tokens. Without it the cache grows as it is used, in eager code; a compiled model and
             a budget need it.
         spec: fields of :class:`sphkv_compile.CacheSpec`: ``bits=4`` or ``budget="512MiB"``, ...
 
     Raises:
-        TypeError: an unknown field; ValueError: a value out of range, a budget without ``max_cache_len``, or the
-            configuration of an encoder-decoder.
+        TypeError: an unknown field, or no configuration; ValueError: a value out of range, a budget without
+            ``max_cache_len``, heads for which there are no codes, or the configuration of an encoder-decoder.
     """
 
+    coded: CodedCache
+    capacity: int | None
+    model: dict[str, Any] | None  # what is known of it, by which a saved cache is told from one of another model
+
     def __init__(self, config: Any, max_cache_len: int | None = None, **spec: Any):
-        if getattr(config, "is_encoder_decoder", False):
-            raise ValueError(
-                f"{type(config).__name__} is an encoder-decoder, whose cross-attention reads a cache that no decoder "
-                "step writes; expected the configuration of a decoder. Use transformers' EncoderDecoderCache"
-            )
+        config = config_of(config)
         like: Cache = DynamicCache(config=config)
         if max_cache_len is not None:
+            _check_whole("max_cache_len", max_cache_len, 1)
             like = StaticCache(config, max_cache_len=max_cache_len)
-        self.coded, self.capacity = _adopt(like, config, spec), max_cache_len
+        _adopt(like, config, spec)
         super().__init__(layers=like.layers)
+        self.coded, self.capacity, self.model = like.coded, max_cache_len, like.model  # type: ignore[attr-defined]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As transformers' own.
+
+        Raises:
+            RuntimeError: the model has more layers than the cache.
+        """
+        if layer_idx >= len(self.layers):
+            _refuse(
+                f"sphkv: a model of {layer_idx + 1} layers or more with a cache of {len(self.layers)}; expected the "
+                "one that it was made for. Give this model a cache of its own, made with its config"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens, as :meth:`SphericalLayer.crop` does; a number that is wrong changes no layer."""
+        super().crop(-_to_remove(tokens_to_remove, int(self.get_seq_length())))
 
     def reset(self) -> None:
         """Begin anew with the same shapes and budget."""
@@ -328,70 +329,49 @@ class SphericalCache(Cache):
 
     @classmethod
     def load(cls, path: str | os.PathLike, config: Any, device: torch.device | str = "cpu") -> SphericalCache:
-        """What :meth:`save` wrote, for the same model: kinds and number of layers are compared, no weights.
+        """What :meth:`save` wrote, for the same model: layers, heads and sizes are compared, no weights.
 
         Raises: as :func:`sphkv_compile.integrations.saved.load`.
         """
         return saved.load(cls, path, config, device)
 
 
-def adopt(cache: Cache, config: Any = None, **spec: Any) -> Cache:
+def adopt(cache: Cache, config: Any = None, **spec: Any) -> SphericalCache:
     """Make ``cache`` hold codes from here on; what it holds already is encoded.
 
     Args:
         cache: a StaticCache, or a DynamicCache that was made with a config or has been used.
-        config: the model's; a budget needs it, for the number of query heads.
+        config: the model's; a budget needs it, for the number of query heads, and :meth:`SphericalCache.save`.
         spec: as of :class:`SphericalCache`.
 
     Returns:
-        The same object.
+        The same object, which is a SphericalCache now.
 
     Raises:
         TypeError, ValueError: as of :class:`SphericalCache`; or a layer that is none of transformers' static and
             dynamic ones: nothing has changed.
     """
-    _adopt(cache, config, spec)
-    return cache
+    _adopt(cache, None if config is None else config_of(config), spec)
+    cache.__class__ = SphericalCache
+    return cache  # type: ignore[return-value]
 
 
-def _adopt(cache: Cache, config: Any, spec: dict[str, Any]) -> CodedCache:
+def _adopt(cache: Any, config: Any, spec: dict[str, Any]) -> None:
     wanted = CacheSpec.from_options(spec)
-    known = (StaticLayer, DynamicLayer, StaticSlidingWindowLayer, DynamicSlidingWindowLayer)
-    others = [type(layer).__name__ for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
-    others = [name for name in others if name not in {k.__name__ for k in known}]
-    if others or not cache.layers or getattr(cache, "offloading", False):
-        what = "offloaded layers" if not others and cache.layers else ", ".join(sorted(set(others))) or "no layers yet"
-        raise ValueError(
-            f"{type(cache).__name__} has {what}; expected StaticLayer, DynamicLayer or their sliding windows, on their "
-            "device: StaticCache(config, max_cache_len=...) or DynamicCache(config=config)"
-        )
-    full = [i for i, layer in enumerate(cache.layers) if type(layer) in (StaticLayer, DynamicLayer)]
-    if wanted.budget is not None and any(type(cache.layers[i]) is DynamicLayer for i in full):
-        raise ValueError(
-            f"budget={wanted.budget!r} for a cache that grows without limit; expected max_cache_len, its capacity in "
-            "tokens, or bits instead"
-        )
-    if wanted.budget is not None and config is None:
-        raise ValueError(
-            f"budget={wanted.budget!r} without the model's configuration; expected adopt(cache, model.config, "
-            "budget=...): a policy learns from queries, and a cache does not say how many heads these have"
-        )
-    coded = CodedCache(wanted, len(full), _group(config))
+    full = full_layers(cache, config, wanted)
+    facts = None if config is None else facts_of(config)
+    coded = CodedCache(wanted, len(full), group_of(facts) if facts else 1)
+    if facts and full:
+        coded.check(facts["head_dim"], getattr(config.get_text_config(decoder=True), "dtype", None))
     new = {i: _spherical(coded, cache.layers[i]) for i in full}  # all or none
+    cache.coded, cache.model, cache.layer_class_to_replicate = coded, facts, None
+    cache.capacity = max(
+        (layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)), default=None
+    )
     for i, layer in enumerate(cache.layers):
         if type(layer) is StaticSlidingWindowLayer:
             _sliding(coded, layer)
         cache.layers[i] = new.get(i, layer)
-    return coded
-
-
-def _group(config: Any) -> int:
-    """Query heads of a kv head."""
-    if config is None:
-        return 1
-    text = config.get_text_config(decoder=True)
-    heads = text.num_attention_heads
-    return heads // (getattr(text, "num_key_value_heads", None) or heads)
 
 
 def _sliding(coded: CodedCache, layer: Any) -> None:

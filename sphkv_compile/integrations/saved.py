@@ -1,6 +1,7 @@
 """A :class:`~sphkv_compile.integrations.cache.SphericalCache` in a safetensors file: no pickle, nothing is executed.
 
-The header's metadata holds the version of the format, the specification, the layers and a digest of all tensors. A file
+The header's metadata holds the version of the format, the specification, what tells the model from others, the layers
+and a digest of all tensors. A file
 that is damaged, foreign or of another version is refused before anything is allocated from its numbers; the cache is
 handed out when all of it is there, and a file is replaced when all of the new one is written.
 """
@@ -11,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,19 +20,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
 
+from sphkv_compile.integrations.checks import config_of, facts_of
 from sphkv_compile.runtime import saved
 from sphkv_compile.runtime.direct import CodedCache
 from sphkv_compile.runtime.guarded import owner_of
 from sphkv_compile.runtime.ownership import Owner
 from sphkv_compile.runtime.pool import Pool
-from sphkv_compile.spec import CacheSpec
+from sphkv_compile.spec import CacheSpec, _check_whole
 from sphkv_compile.storage.layout import UNIT
 
 if TYPE_CHECKING:
     from sphkv_compile.integrations.cache import SphericalCache
 
-FORMAT, VERSION = "sphkv-cache", 1
+FORMAT, VERSION = "sphkv-cache", 2
 COUNTERS = ("cumulative_length_int", "max_cache_len", "sliding_window")
 """Of transformers' sliding layers, what is a number."""
 
@@ -41,9 +44,13 @@ def save(cache: SphericalCache, path: str | os.PathLike) -> None:
 
     Raises:
         TypeError: its policy is an object of the user's, which no file can hold.
-        ValueError: it holds no token.
+        ValueError: it holds no token, or other layers than of attention, or nobody said of which model it is.
+        OSError: no file can be written there; what stood there stays.
     """
-    coded = cache.coded
+    path, coded = Path(path), cache.coded
+    if path.is_dir() or not path.parent.is_dir():
+        kind, what = (IsADirectoryError, "is a folder") if path.is_dir() else (FileNotFoundError, "is in no folder")
+        raise kind(f"{path} {what}; expected the name of a file, in a folder that exists")
     if not isinstance(coded.spec.policy, (str, type(None))):
         raise TypeError(
             f"policy {type(coded.spec.policy).__name__} is an object, which a file of tensors cannot hold; expected "
@@ -51,6 +58,15 @@ def save(cache: SphericalCache, path: str | os.PathLike) -> None:
         )
     if not cache.get_seq_length():
         raise ValueError("this SphericalCache holds no token yet; expected one after a prompt")
+    if cache.model is None:
+        raise ValueError(
+            "this cache was adopted without the model's configuration, by which its file is told from one of another "
+            "model; expected adopt(cache, model.config, ...)"
+        )
+    if others := sorted({type(x).__name__ for x in cache.layers if not isinstance(x, CacheLayerMixin)}):
+        raise ValueError(
+            f"{', '.join(others)}: of no attention, and no file holds such a state; expected attention only"
+        )
     tensors: dict[str, Tensor] = {}
     layers = []
     for i, layer in enumerate(cache.layers):
@@ -59,6 +75,7 @@ def save(cache: SphericalCache, path: str | os.PathLike) -> None:
         tensors |= {f"{i}.{name}": x for name, x in own.items()}
     pool = next(iter(coded.pools.values()), None)
     head = {
+        "model": cache.model,
         "spec": dataclasses.asdict(coded.spec),
         "group": coded.group,
         "max_cache_len": cache.capacity,
@@ -66,15 +83,19 @@ def save(cache: SphericalCache, path: str | os.PathLike) -> None:
         "layers": layers,
     }
     meta = {"format": FORMAT, "version": str(VERSION), "cache": json.dumps(head), "digest": _digest(tensors)}
-    path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=path.name, suffix=".part", dir=path.parent)
-    os.close(handle)
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
-        save_file(tensors, name, metadata=meta)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        part.touch(exist_ok=False)
+        mode = part.stat().st_mode  # as any new file's; safetensors would leave one that only its owner may read
+        save_file(tensors, part, metadata=meta)
+        part.chmod(mode)
+        os.replace(part, path)
+    except (OSError, SafetensorError) as fault:
+        raise OSError(
+            f"{path} was not written; expected a folder with room, where files may be made: {fault}"
+        ) from fault
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _layer(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -101,14 +122,15 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 
 def load(kind: type[SphericalCache], path: str | os.PathLike, config: Any, device: Any) -> SphericalCache:
-    """The cache that :func:`save` wrote. Of the model the kinds and number of its layers are compared, no weights.
+    """The cache that :func:`save` wrote. Of the model, what tells it from others is compared, no weights.
 
     Raises:
         FileNotFoundError: no such file.
+        TypeError: no configuration.
         ValueError: it is no file of a cache, is damaged, of another version, for another model, or written on a device
-            that stores pages otherwise.
+            that stores pages otherwise; or there is no such device.
     """
-    path = Path(path)
+    path, config, device = Path(path), config_of(config), _device(device)
     if not path.is_file():
         raise FileNotFoundError(f"no saved cache at {path}; expected a file that SphericalCache.save wrote")
     try:
@@ -122,21 +144,36 @@ def load(kind: type[SphericalCache], path: str | os.PathLike, config: Any, devic
         if _digest(tensors) != meta.get("digest"):
             raise ValueError("its tensors are damaged: expected those that were written")
         head = json.loads(meta["cache"])
-        return _cache(kind, head, tensors, config, torch.device(device))
+        return _cache(kind, head, tensors, config, device)
     except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as fault:
         raise ValueError(
-            f"{path} is damaged, expected a file that SphericalCache.save wrote: {type(fault).__name__}: {fault}"
+            f"{path} is no file of a saved cache, or it is damaged; expected one that SphericalCache.save wrote: "
+            f"{type(fault).__name__}: {fault}"
         ) from None
     except ValueError as fault:
         raise ValueError(f"{path}: expected a saved cache for this model: {fault}") from None
 
 
+def _device(given: Any) -> torch.device:
+    try:
+        return torch.empty(0, device=given).device
+    except (RuntimeError, AssertionError, TypeError) as fault:  # torch without CUDA asserts
+        raise ValueError(f"device={given!r}: expected one that torch has here, such as 'cpu': {fault}") from None
+
+
+def _check_model(saved_with: dict[str, Any], model: dict[str, Any]) -> None:
+    for name, ours in model.items():
+        if saved_with[name] != ours:
+            raise ValueError(f"it was saved for a model with {name} {saved_with[name]!r}, expected {ours!r}")
+
+
 def _cache(
     kind: type[SphericalCache], head: dict[str, Any], tensors: dict[str, Tensor], config: Any, device: torch.device
 ) -> SphericalCache:
+    _check_model(head["model"], facts_of(config))
     spec, capacity = CacheSpec(**head["spec"]), head["max_cache_len"]
-    if capacity is not None and (type(capacity) is not int or capacity < 1):
-        raise ValueError(f"max_cache_len {capacity!r}, expected 1 or more, or none")
+    if capacity is not None:
+        _check_whole("max_cache_len", capacity, 1)
     cache = kind(config, capacity, **{n: v for n, v in head["spec"].items() if v != getattr(CacheSpec(), n)})
     names = [type(layer).__name__ for layer in cache.layers]
     if [facts["kind"] for facts in head["layers"]] != names:

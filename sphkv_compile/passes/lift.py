@@ -36,6 +36,11 @@ def _calls(gm: GraphModule, *targets: object) -> Iterator[tuple[GraphModule, Nod
                     yield module, node
 
 
+def count(gm: GraphModule, mark: torch._ops.OpOverload) -> int:
+    """How often a mark stands in the graph."""
+    return sum(1 for _ in _calls(gm, mark))
+
+
 def lift(gm: GraphModule) -> int:
     """Replace every SDPA by ``sphkv.sdpa`` with all arguments positional; returns how many there were.
 

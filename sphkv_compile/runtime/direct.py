@@ -19,6 +19,7 @@ from sphkv_compile.runtime.budget import resolve
 from sphkv_compile.runtime.ownership import Owner, handles, lay_out_anew, room_for
 from sphkv_compile.runtime.pool import Pool, arena_bytes
 from sphkv_compile.runtime.retention import Retention
+from sphkv_compile.runtime.saved import DTYPES
 from sphkv_compile.runtime.views import NewTokens
 from sphkv_compile.spec import CacheSpec
 from sphkv_compile.storage.layout import UNIT, Layout
@@ -49,14 +50,28 @@ class CodedCache:
         """How a layer of such heads is stored. The rotary embedding is not known before a graph is seen."""
         return Layout.of(self.spec, packing=packing(self.spec, k_dim, v_dim, device, kept), kept=kept)
 
+    def check(self, dim: int | None, dtype: torch.dtype | None) -> None:
+        """Raises: ValueError: no codes are made of heads of ``dim``, or of ``dtype``; None is not known yet."""
+        if isinstance(dtype, torch.dtype) and dtype not in DTYPES.values():
+            near = "torch.float32" if dtype.itemsize > 2 else "torch.bfloat16"
+            raise ValueError(f"sphkv: keys of {dtype}; expected one of {', '.join(DTYPES)}; the nearest is {near}")
+        if dim is not None:
+            layout = Layout.of(self.spec, kept=self.spec.chooses)
+            for tier in layout.tiers:
+                layout.page_bytes(tier, dim, dim, (4, 4))
+            layout.rotation(dim, torch.device("cpu"))
+
     def owner(self, k: Tensor, v: Tensor, capacity: int | None) -> Owner:
         """The codes of one more layer, with room for ``capacity`` tokens; None grows.
 
         Shapes: ``k`` [B, H, any, D], ``v`` [B, H, any, Dv]: what they hold does not matter.
 
         Raises:
-            ValueError: the budget is too small, or this layer is not like the others that share it.
+            ValueError: the budget is too small, this layer is not like the others that share it, or there are no codes
+                for such keys.
         """
+        for x in (k, v):
+            self.check(x.shape[3], x.dtype)
         rows, heads = k.shape[:2]
         room = capacity or room_for(0)
         geometry = Geometry(rows, heads, room, k.shape[3], v.shape[3], k.dtype, v.dtype, False, self.group)
@@ -80,6 +95,18 @@ class CodedCache:
             self.pools[device] = Pool(nbytes, self.spec.plan_every, device, retention)
         return self.pools[device]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CodedCache:
+        twin = CodedCache.__new__(CodedCache)
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "sphkv: a SphericalCache cannot be pickled (pickle, torch.save, a process that is spawned); expected "
+            "cache.save(path), and SphericalCache.load(path, model.config)"
+        )
+
     # ---- steps
 
     @property
@@ -92,8 +119,19 @@ class CodedCache:
         return int(torch.stack([c.to(counts[0].device) for c in counts]).min())
 
     def begin(self, layer: CodedLayer, tokens: int) -> int:
-        """``layer`` gets ``tokens`` more: where the first of them goes."""
+        """``layer`` gets ``tokens`` more: where the first of them goes.
+
+        Raises:
+            ValueError: layers that the prompt left out are left out by decoding too: the model has fewer.
+        """
         if not self.running or layer in self.running:
+            reached = len(self.running)
+            if 0 < reached < self.sites and tokens == 1 < self.tokens and not self.length:  # a prompt, then a step
+                raise ValueError(
+                    f"sphkv: the prompt reached {reached} of this cache's {self.sites} layers, so its {self.tokens} "
+                    "tokens do not count; expected the model that the cache was made for. If it was interrupted, read "
+                    "it again, or call cache.reset() first"
+                )
             for other in self.layers:
                 other.settle()
             self.running = []
@@ -140,9 +178,16 @@ class CodedLayer:
 
         Raises:
             IndexError: more tokens than the cache has room for; nothing was written.
-            ValueError: another batch or other heads than before.
+            ValueError: another batch, other heads, another dtype or device than before.
         """
         owner, g = self.owner, self.owner.geometry
+        here = owner.state.table.device
+        if (k.dtype, v.dtype, k.device, v.device) != (g.k_dtype, g.v_dtype, here, here):
+            raise ValueError(
+                f"sphkv: keys of {k.dtype} on {k.device} and values of {v.dtype} on {v.device} for a cache of "
+                f"{g.k_dtype} / {g.v_dtype} on {here}; expected the same; give a model of another dtype or device a "
+                "cache of its own"
+            )
         if k.shape[:2] != (g.batch, g.heads) or k.shape[3] != g.k_dim or v.shape[3] != g.v_dim:
             raise ValueError(
                 f"sphkv: keys {tuple(k.shape)} and values {tuple(v.shape)} for a cache of {g.batch} rows, {g.heads} kv "
@@ -220,14 +265,11 @@ class CodedLayer:
         decoded, and coded again later.
 
         Raises:
-            ValueError: more than there are.
             RuntimeError: the window does not reach back so far, and the budget has let go of tokens there.
         """
         self.settle()
         self.hold()
         length, layout = int(self.length), self.owner.layout
-        if count > length:
-            raise ValueError(f"sphkv: crop of {count} tokens from a cache of {length}")
         rows = self.owner.state.rows
         coded = rows[:, START].clamp(min=0) + layout.sink + rows[:, SPANS] * layout.span
         behind = bool(((rows[:, SPANS] > 0) & (coded > length - count)).any())

@@ -85,6 +85,13 @@ class Run:
         return token
 
 
+def filled(tokens: int = 60, step: Callable | None = None, **spec: Any) -> Run:
+    """A cache that holds a prompt."""
+    run = Run(spherical(**spec), step or model().forward)
+    run.call(prompt(tokens))
+    return run
+
+
 def assert_same(got: Run, expected: Run, tolerance: float = TOLERANCE) -> None:
     assert got.said == expected.said
     assert [x.shape for x in got.logits] == [x.shape for x in expected.logits]

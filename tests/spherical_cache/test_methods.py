@@ -11,6 +11,8 @@ import torch
 from caches import CAPACITY, Run, assert_same, compiled, dense, model, prompt, spherical
 from transformers import DynamicCache
 
+from sphkv_compile.runtime import log
+
 FAMILIES = {"full": "llama", "sliding": "mistral", "hybrid": "gemma3"}
 
 
@@ -181,9 +183,11 @@ def test_a_compiled_model_may_read_the_prompt(kind):
     cache = spherical(family)
     cache.early_initialization(2, config.num_key_value_heads, config.head_dim, torch.float32, "cpu")
     got, expected = Run(cache, compiled(family), family), Run(dense(family), model(family).forward, family)
+    log.WARNED.clear()
     for run in (got, expected):
         run.decode(run.call(prompt(40), step=run.step), 20)
     assert_same(got, expected)
+    assert not log.WARNED  # a prompt longer than a sliding window is read without the cache, as it should be
 
 
 def test_what_is_asked_of_layers_says_so():

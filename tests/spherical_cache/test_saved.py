@@ -1,16 +1,21 @@
 """A saved cache goes on as if nothing had happened; any other file is refused, and nothing is half-done."""
 
+import copy
 import json
+import os
 import pickle
+import stat
 
 import pytest
 import torch
 from caches import CAPACITY, Run, compiled, model, prompt, spherical
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from transformers.cache_utils import LinearAttentionLayer
 
 from sphkv_compile import SphericalCache, report
 from sphkv_compile.integrations import saved
+from sphkv_compile.testing.tiny import WINDOW, tiny
 
 SPECS = {
     "16 bits": {"bits": 16}, "4 bits": {"bits": 4}, "K8V2": {"bits": (8, 2)},
@@ -139,7 +144,12 @@ FORGED = {
     "another model": (lambda t, head, m: head["layers"].append(head["layers"][0]), "3 layers"),
     "option": (lambda t, head, m: head["spec"].update(bits=5), "nearest is 4"),
     "unknown option": (lambda t, head, m: head["spec"].update(exec=1), "exec"),
-    "version": (lambda t, head, m: m.update(version="7"), "version 7, expected 1"),
+    "version": (lambda t, head, m: m.update(version="7"), "version 7, expected 2"),
+    "the version before, which said nothing of the model": (
+        lambda t, h, m: m.update(version="1"),
+        "version 1, expected 2",
+    ),
+    "no model": (lambda t, head, m: head.pop("model"), "damaged"),
     "format": (lambda t, head, m: m.update(format="other"), "format 'other'"),
 }
 
@@ -180,23 +190,111 @@ def test_a_pickle_is_not_opened(tmp_path):
         read(tmp_path / "cache")
 
 
-def test_another_model_is_named(file):
-    with pytest.raises(ValueError, match="SlidingLayer"):
-        read(file, "mistral")
+OTHERS = {
+    "model_type": (lambda: tiny("qwen2").config, "model_type 'llama', expected 'qwen2'"),
+    "layers": (lambda: tiny(layers=3).config, "num_hidden_layers 2, expected 3"),
+    "kv heads": (lambda: tiny(kv_heads=4).config, "num_key_value_heads 2, expected 4"),
+    "head_dim": (lambda: tiny(head_dim=32).config, "head_dim 16, expected 32"),
+    "query heads": (lambda: tiny(heads=8).config, "num_attention_heads 4, expected 8"),
+    "hidden size": (lambda: tiny(hidden_size=96).config, "hidden_size 64, expected 96"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_model_is_named(name, file):
+    make, match = OTHERS[name]
+    with pytest.raises(ValueError, match=match):
+        SphericalCache.load(file, make())
+
+
+@pytest.mark.parametrize("window", [16, 32])
+def test_the_window_tells_a_model_too(window, tmp_path):
+    run = Run(spherical("mistral"), model("mistral").forward, "mistral")
+    run.call(prompt(9))
+    run.cache.save(tmp_path / "cache")
+    config = copy.deepcopy(model("mistral").config)
+    config.sliding_window = window
+    if window == WINDOW:
+        assert SphericalCache.load(tmp_path / "cache", config).get_seq_length() == 9
+    else:
+        with pytest.raises(ValueError, match="sliding_window 16, expected 32"):
+            SphericalCache.load(tmp_path / "cache", config)
+
+
+def test_layers_of_another_kind_are_named(tmp_path):
+    run = Run(spherical("gemma3"), model("gemma3").forward, "gemma3")
+    run.call(prompt(9))
+    run.cache.save(tmp_path / "cache")
+    config = copy.deepcopy(model("gemma3").config)
+    config.layer_types = config.layer_types[::-1]
+    with pytest.raises(ValueError, match="layers"):
+        SphericalCache.load(tmp_path / "cache", config)
+
+
+def test_the_model_will_do_for_its_config(file):
+    assert SphericalCache.load(file, model()).get_seq_length() == 60
+    for wrong in (None, "llama", 7):
+        with pytest.raises(TypeError, match=f"{type(wrong).__name__} .*model.config"):
+            SphericalCache.load(file, wrong)
+
+
+@pytest.mark.parametrize("device", ["cud", 1.5, *([] if torch.cuda.is_available() else ["cuda"])])
+def test_a_device_that_is_not_there_is_named(device, file):
+    with pytest.raises(ValueError, match=f"device={device!r}: expected one that torch has here"):
+        SphericalCache.load(file, model(), device)
+
+
+@pytest.mark.parametrize("content", [b"not a cache\n", b"", b"{}" * 50])
+def test_any_other_file_is_called_no_cache(content, tmp_path):
+    (tmp_path / "cache").write_bytes(content)
+    with pytest.raises(ValueError, match="is no file of a saved cache"):
+        read(tmp_path / "cache")
+
+
+def test_a_file_of_weights_is_told_apart(tmp_path):
+    save_file({"weight": torch.ones(3)}, tmp_path / "cache", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="format 'pt', expected 'sphkv-cache'"):
+        read(tmp_path / "cache")
+
+
+def test_where_no_file_can_be_written(file):
+    cache = read(file)
+    missing = file.parent / "nowhere" / "cache"
+    with pytest.raises(FileNotFoundError, match=rf"^{missing} is in no folder; expected"):
+        cache.save(missing)
+    with pytest.raises(IsADirectoryError, match=rf"^{file.parent} is a folder; expected"):
+        cache.save(file.parent)
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_file_is_as_readable_as_any_other(file):
+    other = file.with_name("other")
+    before = os.umask(0o027)
+    try:
+        read(file).save(other)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(other.stat().st_mode) == 0o640
 
 
 def test_what_stood_there_stays_when_writing_fails(file, monkeypatch):
     before = file.read_bytes()
-    monkeypatch.setattr(saved, "save_file", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full")))
     run = Run(spherical(), model().forward)
     run.call(prompt(9))
-    with pytest.raises(OSError, match="disk full"):
-        run.cache.save(file)
+    for fault in (OSError("disk full"), SafetensorError("disk full")):
+        monkeypatch.setattr(saved, "save_file", lambda *args, fault=fault, **kwargs: (_ for _ in ()).throw(fault))
+        with pytest.raises(OSError, match=f"^{file} was not written; expected .*disk full"):
+            run.cache.save(file)
     assert file.read_bytes() == before and list(file.parent.iterdir()) == [file]
 
 
 def test_what_cannot_be_saved_says_so(tmp_path):
     with pytest.raises(ValueError, match="no token"):
         spherical().save(tmp_path / "cache")
+    run = Run(spherical(), model().forward)
+    run.call(prompt(9))
+    run.cache.layers.append(LinearAttentionLayer())
+    with pytest.raises(ValueError, match=r"LinearAttentionLayer: .*expected attention only"):
+        run.cache.save(tmp_path / "cache")
     with pytest.raises(FileNotFoundError, match="no saved cache"):
         read(tmp_path / "cache")
