@@ -12,6 +12,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sphkv_compile.codecs.rotation import rotation
 from sphkv_compile.ops import schema
+from sphkv_compile.storage.state import DTYPES
 
 aten = torch.ops.aten
 
@@ -167,7 +168,7 @@ def check_attention(match: Match) -> Refusal | None:
     for buf in (k_buf, v_buf):
         if buf.op != "placeholder":
             return Refusal("not_an_input", buf.name)
-        if buf.meta["val"].dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        if buf.meta["val"].dtype not in DTYPES.values():
             return Refusal("dtype", f"{buf.name}: {buf.meta['val'].dtype}")
     heads, group_heads = shape(k_buf)[1], shape(q)[1]
     grouped = c["enable_gqa"] or heads == 1  # torch broadcasts a single kv head to all query heads, as a group of them

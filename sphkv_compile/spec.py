@@ -133,7 +133,7 @@ class CacheSpec:
         if self.bits is not None and self.budget is not None:
             raise ValueError("bits and budget both given: bits fixes the tier, a budget chooses it; give one")
         for name, least in (("sink", 0), ("window", 0), ("span", 1), ("page", 1), ("plan_every", 1), ("seed", 0)):
-            _check_whole(name, getattr(self, name), least)
+            check_whole(name, getattr(self, name), least)
         if not isinstance(self.strict, bool):
             raise ValueError(f"strict={self.strict!r}: expected True or False")
         if self.span % self.page or self.span > 256:
@@ -260,7 +260,8 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(known)}; did you mean {near!r}?")
 
 
-def _check_whole(name: str, value: Any, least: int) -> None:
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Raises: ValueError: no whole number, or less than ``least``; the message names the nearest."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= least:
         return
     try:

@@ -30,7 +30,7 @@ from sphkv_compile.ops import schema
 from sphkv_compile.runtime.direct import CodedCache, CodedLayer
 from sphkv_compile.runtime.ownership import Owner
 from sphkv_compile.runtime.views import GRADIENT
-from sphkv_compile.spec import CacheSpec, _check_whole
+from sphkv_compile.spec import CacheSpec, check_whole
 
 GROWS = (
     "sphkv: a compiled model met a SphericalCache that grows, whose graph would change with every token; expected "
@@ -287,7 +287,7 @@ class SphericalCache(Cache):
         config = config_of(config)
         like: Cache = DynamicCache(config=config)
         if max_cache_len is not None:
-            _check_whole("max_cache_len", max_cache_len, 1)
+            check_whole("max_cache_len", max_cache_len, 1)
             like = StaticCache(config, max_cache_len=max_cache_len)
         _adopt(like, config, spec)
         super().__init__(layers=like.layers)

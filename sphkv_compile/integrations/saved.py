@@ -28,7 +28,7 @@ from sphkv_compile.runtime.direct import CodedCache
 from sphkv_compile.runtime.guarded import owner_of
 from sphkv_compile.runtime.ownership import Owner
 from sphkv_compile.runtime.pool import Pool
-from sphkv_compile.spec import CacheSpec, _check_whole
+from sphkv_compile.spec import CacheSpec, check_whole
 from sphkv_compile.storage.layout import UNIT
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def _cache(
     _check_model(head["model"], facts_of(config))
     spec, capacity = CacheSpec(**head["spec"]), head["max_cache_len"]
     if capacity is not None:
-        _check_whole("max_cache_len", capacity, 1)
+        check_whole("max_cache_len", capacity, 1)
     cache = kind(config, capacity, **{n: v for n, v in head["spec"].items() if v != getattr(CacheSpec(), n)})
     names = [type(layer).__name__ for layer in cache.layers]
     if [facts["kind"] for facts in head["layers"]] != names:

@@ -19,11 +19,10 @@ from sphkv_compile.runtime.budget import resolve
 from sphkv_compile.runtime.ownership import Owner, handles, lay_out_anew, room_for
 from sphkv_compile.runtime.pool import Pool, arena_bytes
 from sphkv_compile.runtime.retention import Retention
-from sphkv_compile.runtime.saved import DTYPES
 from sphkv_compile.runtime.views import NewTokens
 from sphkv_compile.spec import CacheSpec
 from sphkv_compile.storage.layout import UNIT, Layout
-from sphkv_compile.storage.state import SPANS, START, Geometry
+from sphkv_compile.storage.state import DTYPES, SPANS, START, Geometry
 
 _plain = torch._C.DisableTorchFunctionSubclass
 

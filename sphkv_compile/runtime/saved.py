@@ -17,6 +17,7 @@ from sphkv_compile.runtime.pool import Pool, page_bytes, repeated
 from sphkv_compile.storage.layout import UNIT, Layout
 from sphkv_compile.storage.state import (
     BASE,
+    DTYPES,
     FROZEN,
     LENGTH,
     READ,
@@ -28,8 +29,6 @@ from sphkv_compile.storage.state import (
     empty_state,
 )
 
-DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16)}
-"""Of keys and values."""
 NUMBERS = ("batch", "heads", "capacity", "k_dim", "v_dim", "group")
 KNOWN = ("keeps", "shares", "kappas")
 """What a budget has learnt of heads."""

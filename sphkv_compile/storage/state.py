@@ -23,6 +23,9 @@ only the host can undo a code, and only a plan gives pages. The row's
 attention gives not-a-number from then on, nothing more is written, and the next plan raises; eager code that reads the
 cache finds it as it was before."""
 
+DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16)}
+"""Of keys and values."""
+
 HIDDEN = -1e4
 """An additive mask hides at and below this: exp(-1e4) is zero. Models write -inf, the least float, -1e9 or -1e4."""
 
