@@ -26,8 +26,9 @@ from transformers.cache_utils import (
 from sphkv_compile.integrations import saved
 from sphkv_compile.integrations.checks import config_of, facts_of, full_layers, group_of
 from sphkv_compile.integrations.sliding import SlidingLayer
+from sphkv_compile.lowering import compat
 from sphkv_compile.ops import schema
-from sphkv_compile.runtime.direct import CodedCache, CodedLayer
+from sphkv_compile.runtime.direct import CodedCache, CodedLayer, fits, holds
 from sphkv_compile.runtime.ownership import Owner
 from sphkv_compile.runtime.views import GRADIENT
 from sphkv_compile.spec import CacheSpec, check_whole
@@ -117,7 +118,12 @@ class SphericalLayer(CacheLayerMixin):
 
     def _lay(self) -> None:
         """What a compiled graph reads."""
-        self.batch_size, self.num_heads = self.codes.owner.geometry[:2]
+        self.geometry = self.codes.owner.geometry
+        self.batch_size, self.num_heads = self.geometry[:2]
+        self.misfit = (
+            f"sphkv: keys and values of another model for {holds(self.geometry, self.device)}; expected the same; give "
+            "each model a cache of its own"
+        )
         self.k_slot, self.v_slot = self.codes.slots
         self.stored = str(self.codes.owner.layout.stored)
 
@@ -130,8 +136,10 @@ class SphericalLayer(CacheLayerMixin):
             return self._update(key_states, value_states)
         if not self._open:
             if torch.is_grad_enabled() and key_states.requires_grad:
-                _refuse(GRADIENT)
+                compat.refuse(GRADIENT)
             return schema.opens(key_states, value_states, self.ticket), value_states  # attended to as they are
+        if not fits(self.geometry, self.device, key_states, value_states):
+            compat.refuse(self.misfit)
         # as transformers' StaticLayer writes, which is what the compiler looks for
         at = torch.arange(key_states.shape[2], device=key_states.device) + self.cumulative_length
         self.cumulative_length.add_(key_states.shape[2])
@@ -169,7 +177,7 @@ class SphericalLayer(CacheLayerMixin):
         if not torch.compiler.is_compiling():
             return self.coded.length
         if self.max_cache_len is None:
-            _refuse(GROWS)
+            compat.refuse(GROWS)
         return self.cumulative_length if self._open else 0
 
     def get_max_length(self) -> int:
@@ -251,13 +259,6 @@ def _to_remove(given: Any, length: int) -> int:
     return -number
 
 
-@torch.compiler.assume_constant_result
-def _refuse(message: str) -> None:
-    """While a graph is made, so that the error is the user's to see: a break or an exception in traced code would have
-    Dynamo run that code eagerly from here on."""
-    raise RuntimeError(message)
-
-
 def _read_only(value: Any) -> None:
     if value is not None:
         raise AttributeError(
@@ -302,7 +303,7 @@ class SphericalCache(Cache):
             RuntimeError: the model has more layers than the cache.
         """
         if layer_idx >= len(self.layers):
-            _refuse(
+            compat.refuse(
                 f"sphkv: a model of {layer_idx + 1} layers or more with a cache of {len(self.layers)}; expected the "
                 "one that it was made for. Give this model a cache of its own, made with its config"
             )

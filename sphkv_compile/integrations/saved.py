@@ -156,9 +156,13 @@ def load(kind: type[SphericalCache], path: str | os.PathLike, config: Any, devic
 
 def _device(given: Any) -> torch.device:
     try:
-        return torch.empty(0, device=given).device
+        device = torch.empty(0, device=given).device
     except (RuntimeError, AssertionError, TypeError) as fault:  # torch without CUDA asserts
-        raise ValueError(f"device={given!r}: expected one that torch has here, such as 'cpu': {fault}") from None
+        why = str(fault).splitlines()[0]
+        raise ValueError(f"device={given!r}: expected one that torch has here, such as 'cpu': {why}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={given!r}: expected 'cpu' or 'cuda', where there are kernels")
+    return device
 
 
 def _check_model(saved_with: dict[str, Any], model: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch._dynamo.config
 import torch._functorch.config
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import BackendCompilerFailed, TorchRuntimeError
 from torch._dynamo.utils import counters
 from torch._guards import CompileContext
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 
 __all__ = [
     "PATCHES", "compile_fx", "compile_fx_inner", "compiling", "functorch_patches", "inductor_cache", "inductor_options",
-    "interpret", "mode_patches", "recorded_graphs", "trace_afresh",
+    "interpret", "mode_patches", "recorded_graphs", "refuse", "trace_afresh",
 ]  # fmt: skip
 
 PATCHES: dict[str, Any] = {"size_asserts": False}
@@ -59,6 +59,17 @@ def functorch_patches() -> Iterator[None]:
     """AOTAutograd's cache would skip our passes, and keep graphs in which nothing was matched."""
     with torch._functorch.config.patch(enable_autograd_cache=False):
         yield
+
+
+@torch.compiler.assume_constant_result
+def refuse(message: str) -> None:
+    """An error, in traced code while the graph is made: a break, or an exception of traced code, would have Dynamo run
+    that code eagerly from here on.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise (TorchRuntimeError if compiling() else RuntimeError)(message)
 
 
 def compiling() -> bool:

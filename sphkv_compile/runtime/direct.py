@@ -149,6 +149,18 @@ class CodedCache:
             pool.settle(self.tokens)
 
 
+def fits(g: Geometry, device: torch.device, k: Tensor, v: Tensor) -> bool:
+    """Whether new keys and values can enter such a cache."""
+    same = (k.dtype, v.dtype, k.device, v.device) == (g.k_dtype, g.v_dtype, device, device)
+    return same and (k.shape[0], k.shape[1], k.shape[3], v.shape[3]) == (g.batch, g.heads, g.k_dim, g.v_dim)
+
+
+def holds(g: Geometry, device: torch.device) -> str:
+    """What can."""
+    sizes = f"{g.batch} rows, {g.heads} kv heads and head_dim {g.k_dim} / {g.v_dim}"
+    return f"a cache of {sizes}, {g.k_dtype} / {g.v_dtype} on {device}"
+
+
 class CodedLayer:
     """One layer's codes, and the tokens that its attention has not read yet.
 
@@ -180,17 +192,11 @@ class CodedLayer:
             ValueError: another batch, other heads, another dtype or device than before.
         """
         owner, g = self.owner, self.owner.geometry
-        here = owner.state.table.device
-        if (k.dtype, v.dtype, k.device, v.device) != (g.k_dtype, g.v_dtype, here, here):
+        if not fits(g, here := owner.state.table.device, k, v):
             raise ValueError(
-                f"sphkv: keys of {k.dtype} on {k.device} and values of {v.dtype} on {v.device} for a cache of "
-                f"{g.k_dtype} / {g.v_dtype} on {here}; expected the same; give a model of another dtype or device a "
-                "cache of its own"
-            )
-        if k.shape[:2] != (g.batch, g.heads) or k.shape[3] != g.k_dim or v.shape[3] != g.v_dim:
-            raise ValueError(
-                f"sphkv: keys {tuple(k.shape)} and values {tuple(v.shape)} for a cache of {g.batch} rows, {g.heads} kv "
-                f"heads and head_dim {g.k_dim} / {g.v_dim}; expected the same; give other shapes a cache of their own"
+                f"sphkv: keys {tuple(k.shape)} of {k.dtype} on {k.device} and values {tuple(v.shape)} of {v.dtype} on "
+                f"{v.device} for {holds(g, here)}; expected the same; give a model of other shapes, another dtype or "
+                "device a cache of its own"
             )
         tokens = k.shape[2]
         first = self.cache.begin(self, tokens)

@@ -150,6 +150,12 @@ class Owner:
             return None
         end, begin = base + kept, rows[:, START].clamp(min=0) + self.layout.sink
         coded = begin + rows[:, SPANS] * self.layout.span
+        if self.layout.kept and bool(
+            (coded > end).any()
+        ):  # whole spans alone can be reopened, and some of them are gone
+            self.recoded_tokens += columns
+            self.forget()
+            return None
         cut = torch.where(coded > end, (end - begin).clamp(min=0) % self.layout.span, 0)  # reopened by the next append
         self.recoded_tokens += columns - kept + int(cut.max())
         rows[:, LENGTH] = end

@@ -29,7 +29,7 @@ CACHE = cache_keyword(tiny("llama"))
 def _fresh():
     """Instead of the suite's: graphs are kept from test to test."""
     torch.manual_seed(0)
-    with torch._dynamo.config.patch(recompile_limit=64), torch.no_grad():
+    with torch._dynamo.config.patch(recompile_limit=512), torch.no_grad():
         yield
 
 

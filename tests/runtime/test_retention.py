@@ -368,3 +368,24 @@ def test_the_least_budget_is_enough_and_no_less_is_taken():
     with pytest.raises(Exception, match=f"at least {least:,} bytes"):
         short = Model(budget=least - 1)
         short(short.cache(), ids[:, :20])
+
+
+@torch.no_grad()
+def test_after_a_reset_the_same_beginning_may_be_read_again():
+    """Bug: what the new prompt has in common with the old one was kept, down to the sinks, and the rest, of which
+    tokens are gone, was to be cut."""
+    model, ids, token = tiny("llama"), torch.randint(5, 100, (1, 120)), torch.full((1, 1), 7)
+    options = {"budget": 0.05, "window": 8, "span": 16, "page": 8, "plan_every": 16, "inductor": False}
+    step = torch.compile(model.forward, backend=sphkv_compile.backend, options=options)
+
+    def prefilled(cache, tokens):
+        model(ids[:, :tokens], use_cache=True, **{cache_keyword(model): cache})
+        return lambda: step(token, use_cache=True, **{cache_keyword(model): cache}).logits
+
+    old, new = (StaticCache(model.config, max_cache_len=512) for _ in range(2))
+    decode = prefilled(old, 120)
+    for _ in range(150):
+        decode()
+    assert sphkv_compile.report(old).dropped_tokens > 0
+    old.reset()
+    assert torch.equal(prefilled(old, 60)(), prefilled(new, 60)())

@@ -27,7 +27,7 @@ TOLERANCE = 2e-5
 def _fresh():
     """Instead of the suite's: graphs are kept from test to test."""
     torch.manual_seed(0)
-    with torch._dynamo.config.patch(recompile_limit=64), torch.no_grad():
+    with torch._dynamo.config.patch(recompile_limit=512), torch.no_grad():
         yield
 
 

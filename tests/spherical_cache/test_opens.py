@@ -7,7 +7,10 @@ import torch
 from caches import CAPACITY, Run, assert_same, compiled, dense, model, prompt, spherical
 
 import sphkv_compile
+from sphkv_compile import SphericalCache
+from sphkv_compile.integrations.transformers import cache_keyword
 from sphkv_compile.runtime import log
+from sphkv_compile.testing.tiny import tiny
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -108,6 +111,14 @@ def test_a_refused_cache_leaves_the_compiled_model_as_it_was():
     with pytest.raises(Exception, match="max_cache_len"):
         run.call(prompt(1), step=run.step)
     test_a_first_prompt_may_be_compiled("llama", 5)
+
+
+def test_a_compiled_model_of_other_heads_is_named_as_in_eager_code():
+    other = tiny("llama", kv_heads=4)
+    cache = SphericalCache(other.config, max_cache_len=CAPACITY, bits=16)
+    other(prompt(20), use_cache=True, **{cache_keyword(other): cache})
+    with pytest.raises(RuntimeError, match=r"4 kv heads and head_dim.*expected the same"):
+        Run(cache, compiled()).call(prompt(1))
 
 
 def test_autograd_is_refused_in_the_words_of_eager_code():
