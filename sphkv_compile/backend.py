@@ -143,7 +143,7 @@ def _warn(spec: CacheSpec, given: Given, verdicts: list[Verdict]) -> None:
     """Of a SphericalCache that does not get what its user may expect."""
     stored = [Layout.parse(v.site.stored) for v in verdicts if v.site and v.site.stored is not None]
     refused = [v.refusal for v in verdicts if v.refusal]
-    prompts = [r for r in refused if r.code == "no_cache_write"]  # longer than a sliding window: read without the cache
+    prompts = [r for r in refused if r.code in ("no_cache_write", "not_an_input")]  # those that fill a sliding window
     if (dense := given.caches - len(stored) - len(prompts)) > 0:
         why = next((f": {r}" for r in refused if r not in prompts), "")
         log.warn_once(

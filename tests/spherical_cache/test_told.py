@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from caches import SPEC, filled, model
+from caches import SPEC, Run, filled, model, prompt, spherical
 
 import sphkv_compile
 from sphkv_compile.runtime import log
@@ -34,3 +34,13 @@ def test_options_that_a_cache_overrules_are_named(own, options, match):
     told = [str(w.message) for w in told if "sphkv: " in str(w.message)]
     assert len(told) == (match is not None)
     assert match is None or told[0].startswith(f"sphkv: {match}of the compiler's options: this cache says itself")
+
+
+@pytest.mark.parametrize("chunks", [(9, 1, 24), (60, 1)], ids=str)
+def test_a_prompt_that_fills_a_sliding_window_is_no_cause(chunks):
+    step = torch.compile(model("gemma3").forward, backend=sphkv_compile.backend, options={"inductor": False, "seed": 1})
+    run = Run(spherical("gemma3", seed=1), step, "gemma3")
+    log.WARNED.clear()
+    for count in chunks:
+        run.call(prompt(count), step=step)
+    assert "spherical cache stays dense" not in log.WARNED
