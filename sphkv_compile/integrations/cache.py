@@ -32,6 +32,7 @@ from sphkv_compile.runtime.direct import CodedCache, CodedLayer, fits, holds
 from sphkv_compile.runtime.ownership import Owner
 from sphkv_compile.runtime.views import GRADIENT
 from sphkv_compile.spec import CacheSpec, check_whole
+from sphkv_compile.storage.layout import Layout
 
 GROWS = (
     "sphkv: a compiled model met a SphericalCache that grows, whose graph would change with every token; expected "
@@ -377,6 +378,7 @@ def _adopt(cache: Any, config: Any, spec: dict[str, Any]) -> None:
 
 def _sliding(coded: CodedCache, layer: Any) -> None:
     layer.__class__, layer.coded = SlidingLayer, coded
+    layer.texts = {name: str(Layout.of(coded.spec, packing=name)) for name in ("rows", "tiles")}
     if layer.is_initialized:
         layer.stored = str(coded.layout(layer.k_head_dim, layer.v_head_dim, layer.device, False))
 

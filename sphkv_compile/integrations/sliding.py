@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import StaticSlidingWindowLayer
 
 from sphkv_compile.ops import schema
+from sphkv_compile.ops.decode import packing
 from sphkv_compile.runtime.direct import CodedCache
 from sphkv_compile.runtime.ownership import Owner, handles
 
@@ -18,6 +19,7 @@ class SlidingLayer(StaticSlidingWindowLayer):
 
     coded: CodedCache
     stored: str
+    texts: dict[str, str]  # what ``stored`` may become in a compiled model, by packing
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As transformers' own."""
@@ -28,8 +30,11 @@ class SlidingLayer(StaticSlidingWindowLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Shapes: [B, H, any, D], [B, H, any, Dv]."""
         super().lazy_initialization(key_states, value_states)
-        layout = self.coded.layout(key_states.shape[3], value_states.shape[3], key_states.device, False)
-        self.stored = str(layout)
+        dims, device = (key_states.shape[3], value_states.shape[3]), key_states.device
+        if torch.compiler.is_compiling():  # where the specification's numbers may be symbols, of which no text is made
+            self.stored = self.texts[packing(self.coded.spec, *dims, device)]
+        else:
+            self.stored = str(self.coded.layout(*dims, device, False))
 
     @torch.inference_mode(False)
     def restore(self, owner: Owner) -> None:

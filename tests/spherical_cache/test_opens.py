@@ -125,3 +125,12 @@ def test_autograd_is_refused_in_the_words_of_eager_code():
     with torch.enable_grad(), pytest.raises(Exception, match="codes are for inference"):
         step = torch.compile(model().forward, backend=sphkv_compile.backend, options={"inductor": False})
         Run(spherical(), step).call(prompt(4), step=step)
+
+
+def test_sliding_layers_stored_otherwise_may_follow_in_the_same_process():
+    """Bug: numbers that differ from one cache to the next become symbols of the graph, and no text is made of them."""
+    for seed in (3, 4, 5):
+        ours = Run(spherical("gemma3", seed=seed), compiled("gemma3"), "gemma3")
+        ours.call(prompt(20), step=ours.step)
+        ours.decode(torch.full((2, 1), 7), 20)
+        assert {layer.stored.split("seed=")[1][0] for layer in ours.cache.layers} == {str(seed)}
