@@ -41,9 +41,9 @@ from sphkv_compile.integrations.models import load
 from sphkv_compile.integrations.transformers import cache_keyword, decode_step
 from sphkv_compile.printing import wide_console
 from sphkv_compile.spec import CacheSpec
+from sphkv_compile.storage.state import DTYPES
 from sphkv_compile.testing.compare import Run, decode, first_divergence, token_kl
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUESTION = "What does the assert statement do when __debug__ is false?"
 
 

@@ -26,7 +26,7 @@ from sphkv_compile.report import noise_warning, report
 from sphkv_compile.runtime import log
 from sphkv_compile.runtime.breakeven import LENGTHS, break_even
 from sphkv_compile.runtime.certificate import Certificate
-from sphkv_compile.spec import COMPILER_OPTIONS, CacheSpec, human, parse_bytes
+from sphkv_compile.spec import CacheSpec, human, option_names, parse_bytes
 from sphkv_compile.storage.layout import Layout
 from sphkv_compile.testing.clock import timed
 
@@ -168,9 +168,8 @@ def _call(model: Callable) -> Callable:
 
 def _check_names(call: Callable, kwargs: dict[str, Any]) -> None:
     """Raises: TypeError: an option that the model does not take."""
-    known = [*(f.name for f in dataclasses.fields(CacheSpec)), *COMPILER_OPTIONS]
-    given = {name: value for name, value in kwargs.items() if name in known}
-    if given := {name: given[name] for name in given.keys() - inspect.signature(call).parameters.keys()}:
+    names = set(option_names()) - inspect.signature(call).parameters.keys()
+    if given := {name: value for name, value in kwargs.items() if name in names}:
         raise TypeError(
             f"explain() calls the model with what it is given, and {', '.join(given)} is an option of the "
             f"backend; did you mean options={given!r}?"
@@ -178,7 +177,7 @@ def _check_names(call: Callable, kwargs: dict[str, Any]) -> None:
 
 
 def _open(caches: list[list[Any]], call: Callable) -> None:
-    """Give transformers' caches that have met no token their tensors, which a compiled model cannot do.
+    """Give transformers' caches that have met no token their tensors: within a graph they would be none of its inputs.
 
     Args:
         caches: the layers of each.

@@ -240,7 +240,7 @@ class CacheSpec:
         """
         if not isinstance(options, dict):
             raise TypeError(f"options={options!r}: expected a dict, such as {{'bits': 4}}")
-        known = [*(f.name for f in dataclasses.fields(cls)), *COMPILER_OPTIONS]
+        known = option_names()
         for key in options:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
@@ -252,6 +252,11 @@ class CacheSpec:
     def uuid(self) -> str:
         """Identity of the spec, for compile-cache keys and saved files."""
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+
+
+def option_names() -> list[str]:
+    """Keys of the backend's ``options``."""
+    return [*(f.name for f in dataclasses.fields(CacheSpec)), *COMPILER_OPTIONS]
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

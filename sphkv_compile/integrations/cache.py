@@ -119,13 +119,12 @@ class SphericalLayer(CacheLayerMixin):
 
     def _lay(self) -> None:
         """What a compiled graph reads."""
-        self.geometry = self.codes.owner.geometry
-        self.batch_size, self.num_heads = self.geometry[:2]
-        self.misfit = (
-            f"sphkv: keys and values of another model for {holds(self.geometry, self.device)}; expected the same; give "
-            "each model a cache of its own"
-        )
         self.k_slot, self.v_slot = self.codes.slots
+        self.batch_size, self.num_heads = self.k_slot.shape[:2]
+        self.misfit = (
+            f"sphkv: keys and values of another model for {holds(*self.codes.slots)}; expected the same; give each "
+            "model a cache of its own"
+        )
         self.stored = str(self.codes.owner.layout.stored)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -139,7 +138,7 @@ class SphericalLayer(CacheLayerMixin):
             if torch.is_grad_enabled() and key_states.requires_grad:
                 compat.refuse(GRADIENT)
             return schema.opens(key_states, value_states, self.ticket), value_states  # attended to as they are
-        if not fits(self.geometry, self.device, key_states, value_states):
+        if not (fits(self.k_slot, key_states) and fits(self.v_slot, value_states)):
             compat.refuse(self.misfit)
         # as transformers' StaticLayer writes, which is what the compiler looks for
         at = torch.arange(key_states.shape[2], device=key_states.device) + self.cumulative_length

@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 
+from sphkv_compile.storage.state import DTYPES
+
 
 @dataclass(frozen=True)
 class Bundled:
@@ -51,15 +53,12 @@ BUNDLED: dict[str, Bundled] = {
 }
 
 
-DTYPES = ("float32", "float16", "bfloat16")
-
-
 def dtype_of(name: str) -> torch.dtype:
-    """``"float32"`` -> torch.float32. Raises: ValueError: none of :data:`DTYPES`; the message names the nearest."""
+    """``"float32"`` -> torch.float32. Raises: ValueError: keys are of none such; the message names the nearest."""
     if name not in DTYPES:
         near = difflib.get_close_matches(name, DTYPES, n=1, cutoff=0.0)[0]
         raise ValueError(f"dtype {name!r}: expected one of {', '.join(DTYPES)}; did you mean {near!r}?")
-    return getattr(torch, name)
+    return DTYPES[name]
 
 
 def load(source: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:

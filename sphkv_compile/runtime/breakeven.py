@@ -21,7 +21,8 @@ LENGTHS = (512, 2048, 8192)
 """Cached tokens at which attention is timed."""
 
 MARGIN = 1.5
-"""By which a cache must be too short before it is said: the same prediction varies by as much between processes."""
+"""By which a cache must be too short before it is said: on two cores, SmolLM2's heads were predicted 512 tokens in one
+process and 838 in the next."""
 
 Clock = Callable[[Callable[[], object]], float]
 """Seconds that a call takes."""

@@ -149,16 +149,15 @@ class CodedCache:
             pool.settle(self.tokens)
 
 
-def fits(g: Geometry, device: torch.device, k: Tensor, v: Tensor) -> bool:
-    """Whether new keys and values can enter such a cache."""
-    same = (k.dtype, v.dtype, k.device, v.device) == (g.k_dtype, g.v_dtype, device, device)
-    return same and (k.shape[0], k.shape[1], k.shape[3], v.shape[3]) == (g.batch, g.heads, g.k_dim, g.v_dim)
+def fits(slot: Tensor, x: Tensor) -> bool:
+    """Whether new keys or values can enter ``slot``. Shapes: [B, H, any, D] each."""
+    return (x.dtype, x.device) == (slot.dtype, slot.device) and all(x.shape[i] == slot.shape[i] for i in (0, 1, 3))
 
 
-def holds(g: Geometry, device: torch.device) -> str:
-    """What can."""
-    sizes = f"{g.batch} rows, {g.heads} kv heads and head_dim {g.k_dim} / {g.v_dim}"
-    return f"a cache of {sizes}, {g.k_dtype} / {g.v_dtype} on {device}"
+def holds(k: Tensor, v: Tensor) -> str:
+    """What can enter the slots ``k`` and ``v``."""
+    sizes = f"{k.shape[0]} rows, {k.shape[1]} kv heads and head_dim {k.shape[3]} / {v.shape[3]}"
+    return f"a cache of {sizes}, {k.dtype} / {v.dtype} on {k.device}"
 
 
 class CodedLayer:
@@ -191,12 +190,14 @@ class CodedLayer:
             IndexError: more tokens than the cache has room for; nothing was written.
             ValueError: another batch, other heads, another dtype or device than before.
         """
-        owner, g = self.owner, self.owner.geometry
-        if not fits(g, here := owner.state.table.device, k, v):
+        owner = self.owner
+        with _plain():
+            welcome = all(map(fits, self.slots, (k, v)))
+        if not welcome:
             raise ValueError(
                 f"sphkv: keys {tuple(k.shape)} of {k.dtype} on {k.device} and values {tuple(v.shape)} of {v.dtype} on "
-                f"{v.device} for {holds(g, here)}; expected the same; give a model of other shapes, another dtype or "
-                "device a cache of its own"
+                f"{v.device} for {holds(*self.slots)}; expected the same; give a model of other shapes, another dtype "
+                "or device a cache of its own"
             )
         tokens = k.shape[2]
         first = self.cache.begin(self, tokens)
